@@ -1,0 +1,256 @@
+"""The whole configuration: one YAML file, `--set a.b=c` overrides, validated before anything starts.
+
+Every key has a default but `model.source`. An unknown key is an error that names the nearest valid
+one; `${NAME}` is replaced from the environment for secrets only (under `auth`). Host only: no jax.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from jslora.errors import ConfigError
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _parse_bytes(value: object) -> object:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]iB)?", str(value))
+    if isinstance(value, bool) or not match:
+        raise ValueError(f"{value!r} is not a size; write bytes or a number with KiB, MiB or GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _expand(value: object) -> object:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
+UserPath = Annotated[Path, BeforeValidator(_expand)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """`source`: a folder, a .gguf file, `hf:org/name`, `pypi:name==version`, or `dummy`."""
+
+    source: str
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    served_name: Annotated[str, Field(pattern=rf"^{NAME}$")] = "base"
+    max_model_len: Positive | None = None
+    architecture: dict[str, Any] | None = None
+
+
+class PoolSection(_Section):
+    page_size: Literal[8, 16, 32, 64] = 16
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
+    pages: Annotated[int, Field(ge=2)] | None = None
+
+
+class SyntheticAdapters(_Section):
+    """Adapters that `serve.py` makes at the first start, for demos and benchmarks."""
+
+    count: Positive
+    ranks: list[Annotated[int, Field(ge=1, le=512)]] = [4, 8, 16]
+    targets: list[list[str]] = [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]]
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    seed: int = 0
+
+
+class AdaptersSection(_Section):
+    """`roots`: nothing outside them opens. `preload`: "all" folders below them, or names."""
+
+    roots: list[UserPath] = []
+    preload: Literal["all", "none"] | list[Annotated[str, Field(pattern=rf"^{NAME}$")]] = "all"
+    pinned: list[str] = []
+    runtime_loading: bool = True
+    max_file_bytes: Bytes = 2 * 2**30
+    host_cache_bytes: Bytes = 4 * 2**30
+    max_rank: Annotated[int, Field(ge=1, le=512)] = 512
+    synthetic: SyntheticAdapters | None = None
+
+
+class SchedulerSection(_Section):
+    max_running: Positive = 64
+    max_step_tokens: Annotated[int, Field(ge=8)] = 512
+    max_queued: Positive = 512
+    max_queued_tokens: Positive = 262144
+    policy: list[Literal["fcfs"]] = ["fcfs"]
+    lookahead: bool = True
+
+
+class MeshSection(_Section):
+    model: Positive = 1
+    data: Positive = 1
+    lora: Literal["no_collective", "fully_sharded"] = "no_collective"
+
+
+class ServerSection(_Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_body_bytes: Bytes = 4 * 2**20
+    drain_seconds: Annotated[float, Field(ge=0)] = 30
+    keep_alive_seconds: Annotated[float, Field(gt=0)] = 15
+    restart_engine: bool = True
+
+
+class Key(_Section):
+    """What an API key may do. `adapters`: names it sees, or "all"; the base is always visible."""
+
+    tenant: Annotated[str, Field(pattern=rf"^{NAME}$")] = "default"
+    adapters: Literal["all"] | list[str] = "all"
+    admin: bool = False
+    share: Annotated[float, Field(gt=0)] = 1.0
+
+
+class AuthSection(_Section):
+    """`keys`: secret → rights. None leaves the server open, which only loopback hosts allow."""
+
+    keys: dict[str, Key] | None = None
+
+
+class DistributedSection(_Section):
+    coordinator: str | None = None
+    num_processes: Positive = 1
+    process_id: Annotated[int, Field(ge=0)] = 0
+
+
+class LoggingSection(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    requests: bool = False
+
+
+class EngineConfig(_Section):
+    """The configuration of one replica."""
+
+    cache_dir: UserPath = Path("~/.cache/jslora").expanduser()
+    model: ModelSection
+    pool: PoolSection = PoolSection()
+    adapters: AdaptersSection = AdaptersSection()
+    scheduler: SchedulerSection = SchedulerSection()
+    kernels: Literal["auto", "reference"] = "auto"
+    mesh: MeshSection = MeshSection()
+    server: ServerSection = ServerSection()
+    auth: AuthSection = AuthSection()
+    distributed: DistributedSection = DistributedSection()
+    logging: LoggingSection = LoggingSection()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "EngineConfig":
+        if self.model.source == "dummy" and self.model.architecture is None:
+            raise ValueError("model.architecture is required when model.source is dummy")
+        if self.mesh.model * self.mesh.data > 1 or self.distributed.num_processes > 1:
+            raise ValueError("mesh and distributed: only one device in one process is built so far")
+        if self.auth.keys is None and self.server.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"server.host is {self.server.host!r}: set auth.keys, or bind to 127.0.0.1"
+            )
+        if self.scheduler.max_queued < 1:
+            raise ValueError("scheduler.max_queued must be at least 1")
+        return self
+
+
+def load(path: Path, overrides: list[str] | None = None) -> EngineConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate the whole.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, a key is unknown, a value is not allowed.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
+    for override in overrides or []:
+        _apply(data, override)
+    return parse(data)
+
+
+def parse(data: dict[str, Any]) -> EngineConfig:
+    """Validate a configuration given as nested dicts.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    if isinstance(data.get("auth"), dict):
+        data = {**data, "auth": _substitute(data["auth"])}
+    try:
+        return EngineConfig.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is not a section")
+    try:
+        data[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _substitute(value: Any) -> Any:
+    """Replace `${NAME}` in strings and keys below `auth`; a name that is not set is an error."""
+    if isinstance(value, dict):
+        return {_substitute(k): _substitute(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v) for v in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"auth: the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", variable, value)
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: the dotted key, what is wrong, the nearest valid key."""
+    # Keys below auth.keys are secrets and must not be printed.
+    location = error["loc"]
+    if location[:2] == ("auth", "keys") and len(location) > 2:
+        location = (*location[:2], "<key>", *location[3:])
+    name = ".".join(str(part) for part in location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.0)
+        return f"{name}: unknown key; the nearest valid key is {near[0]!r}" if near else name
+    if error["type"] == "missing":
+        return f"{name}: required"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{name}: {message}{given}"
+
+
+def _valid_keys(path: tuple[Any, ...]) -> list[str]:
+    section: Any = EngineConfig
+    for part in path:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)),
+            Key if "keys" in path else None,
+        )
+    return sorted(section.model_fields) if section else []

@@ -1,0 +1,188 @@
+"""What crosses between a client of the engine and the engine: token ids in, token events out.
+
+Text never appears here. A `Request` is one sequence; a caller who wants n choices sends n requests
+with n seeds. Everything is frozen: these objects cross threads and, as msgpack, processes.
+Host only: no jax.
+"""
+
+from dataclasses import dataclass, field
+
+MAX_LOGPROBS = 20
+MAX_STOP_IDS = 16
+MAX_LOGIT_BIAS = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one sequence is sampled and when it ends.
+
+    Attributes:
+        max_tokens: most tokens to generate; 0 scores the prompt only (with `prompt_logprobs`).
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest likeliest set whose probability reaches this.
+        min_p: drop tokens less likely than this share of the likeliest one.
+        seed: draws depend on (seed, position) only; None lets the engine choose one.
+        stop: strings that end the text; applied where text is made, not in the engine.
+        stop_token_ids: ids that end the sequence, beside the model's own end tokens.
+        ignore_eos: do not end at the model's end tokens.
+        min_tokens: end tokens and `stop_token_ids` cannot be drawn before this many tokens.
+        logit_bias: (token id, bias) pairs added to the logits.
+        logprobs: number of alternatives to report beside each token's logprob; None reports none.
+        prompt_logprobs: the same for each prompt token.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    include_stop_str: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        id: unique among running requests.
+        prompt: token ids, at least one.
+        adapter: registered adapter name, or None for the base model.
+        tenant: who pays for it; the API key's tenant.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    adapter: str | None = None
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of one token and of the likeliest alternatives, likeliest first.
+
+    Taken from the model's own distribution, before temperature, penalties and filters.
+    """
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """A `JsloraError` as data: `type` is a key of `errors.BY_TYPE`."""
+
+    type: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """News of one request; the last one carries `finish_reason`, or `error`, never both.
+
+    Attributes:
+        tokens: new token ids; an end token that finished the sequence is not among them.
+        logprobs: one entry per token when asked for.
+        finish_reason: "stop" or "length" on the last event.
+        stop_token: the end or stop token id that finished the sequence.
+        prompt_logprobs: on the first event when asked for; None for the first prompt token.
+    """
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    error: ErrorInfo | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What is known of one registered adapter version (the bind report, and where it is now).
+
+    Attributes:
+        digest: sha256 over tensor bytes and the configuration fields that change outputs.
+        state: "loading", "host", "device", "draining" or "failed".
+        modules: target module -> (lowest rank, highest rank, scale) over the layers.
+        pages: pages it takes on the device; the same ids in every layer.
+        padding: share of those pages' numbers that hold no weight.
+        warnings: for instance that it was trained for a base of another name.
+    """
+
+    name: str
+    digest: str
+    state: str
+    rank: int
+    modules: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    layers: int = 0
+    bytes: int = 0
+    pages: int = 0
+    padding: float = 0.0
+    in_flight: int = 0
+    path: str = ""
+    base_model: str | None = None
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What a ready engine tells its client once."""
+
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    page_size: int
+    pages: int
+    fingerprint: str
+    device: str
+    adapters: tuple[AdapterInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Counters and gauges of the engine; counters only grow during an engine's life."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_kv: int = 0
+    pages_adapters: int = 0
+    ledger_errors: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    corrupt_requests: int = 0
+    recoveries: int = 0
+    compilations: int = 0
+    compile_seconds: float = 0.0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    adapter_failures: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
