@@ -1,0 +1,185 @@
+"""The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3, on a flat token axis.
+
+One step's tokens of all rows lie side by side in T. The pool of pages runs through the layers and
+comes back updated; LoRA is an argument, never state. Activations are kept in the weights' dtype
+between blocks; products accumulate, and rope, norms and deltas are computed, in float32.
+
+Invariant: every read of the pool that precedes a layer's write of keys and values feeds that write
+(q, k and v are one array until then), or XLA:CPU copies the whole pool.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jslora.lora import apply_lora
+from jslora.model.config import ModelConfig
+from pallas_kernels.lora import Work, work_shape
+from pallas_kernels.paged_attention import Rows, paged_attention
+
+
+class StepInput(NamedTuple):
+    """What a block needs to know of the step, beside the activations."""
+
+    cos: Float[Array, "T 1 D"]
+    sin: Float[Array, "T 1 D"]
+    write_page: Int32[Array, " T"]  # in layer 0; a padding token's page lies beyond the pool
+    write_offset: Int32[Array, " T"]
+    rows: Rows
+    pages_per_layer: Int32[Array, ""]
+    lora: Work
+
+
+class Block(nnx.Module):
+    """One layer: attention and a gated feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, prefill: bool) -> None:
+        H, F, D = config.hidden, config.feed_forward, config.head_dim
+        qkv = (config.heads + 2 * config.kv_heads) * D
+        self.config, self.prefill = config, prefill
+        self.attn_norm = nnx.Param(jnp.ones((H,), dtype))
+        self.qkv = nnx.Param(jnp.zeros((H, qkv), dtype))
+        if config.qkv_bias:
+            self.qkv_bias = nnx.Param(jnp.zeros((qkv,), dtype))
+        if config.qk_norm:
+            self.q_norm = nnx.Param(jnp.ones((D,), dtype))
+            self.k_norm = nnx.Param(jnp.ones((D,), dtype))
+        self.o = nnx.Param(jnp.zeros((config.heads * D, H), dtype))
+        self.mlp_norm = nnx.Param(jnp.ones((H,), dtype))
+        self.gate_up = nnx.Param(jnp.zeros((H, 2 * F), dtype))
+        self.down = nnx.Param(jnp.zeros((F, H), dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "T H"],
+        pages: Float[Array, "pages S 2 K D"],
+        layer: Int32[Array, ""],
+        step: StepInput,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
+        first_page = layer * step.pages_per_layer
+        lora = partial(
+            apply_lora, config=self.config, shape=work_shape(x.shape[0], prefill=self.prefill), pages=pages, first_page=first_page, layer=layer,
+            work=step.lora,
+        )  # fmt: skip
+        h = rms_norm(x, self.attn_norm[...], self.config.norm_eps)
+        q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, group=0), step)
+        pages = pages.at[first_page + step.write_page, step.write_offset].set(
+            jnp.stack([k, v], axis=1), mode="drop"
+        )
+        lora = partial(lora, pages=pages)
+        attended = paged_attention(
+            q, pages, first_page, step.rows,
+            scale=self.config.head_dim**-0.5, prefill=self.prefill,
+        )  # fmt: skip
+        h = attended.reshape(x.shape[0], -1).astype(x.dtype)
+        x = x + lora(_linear(h, self.o[...]), h, group=1).astype(x.dtype)
+        h = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        gate, up = jnp.split(lora(_linear(h, self.gate_up[...]), h, group=2), 2, axis=-1)
+        h = (jax.nn.silu(gate) * up).astype(x.dtype)
+        return x + lora(_linear(h, self.down[...]), h, group=3).astype(x.dtype), pages
+
+    def _heads(
+        self, qkv: Float[Array, "T qkv"], step: StepInput
+    ) -> tuple[Float[Array, "T N D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
+        """Bias, split, norm and rotate; in the weights' dtype, ready for the pool."""
+        N, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
+        if self.config.qkv_bias:
+            qkv = qkv + self.qkv_bias[...].astype(qkv.dtype)
+        q, k, v = jnp.split(qkv.reshape(-1, N + 2 * K, D), [N, N + K], axis=1)
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
+        dtype = self.qkv[...].dtype
+        q, k = _rotate(q, step.cos, step.sin), _rotate(k, step.cos, step.sin)
+        return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks and the final norm; the head is applied where rows are sampled."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, prefill: bool = True) -> None:
+        self.config = config
+        self.embed = nnx.Param(jnp.zeros((config.vocab_size, config.hidden), dtype))
+        self.layers = nnx.List(
+            [Block(config, dtype, prefill=prefill) for _ in range(config.layers)]
+        )
+        self.norm = nnx.Param(jnp.ones((config.hidden,), dtype))
+        if not config.tie_embeddings:
+            self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden), dtype))
+
+    def __call__(
+        self,
+        tokens: Int32[Array, " T"],
+        pages: Float[Array, "pages S 2 K D"],
+        step: StepInput,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
+        """Run one step's tokens through all layers; returns normed activations and the pool."""
+        x = self.embed[...].at[tokens].get(mode="clip")
+        for layer, block in enumerate(self.layers):
+            graph, weights = nnx.split(block)
+            x, pages = _run_block(graph, weights, x, pages, jnp.int32(layer), step)
+        return rms_norm(x, self.norm[...], self.config.norm_eps), pages
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_block(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    x: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array,
+    step: StepInput,
+) -> tuple[jax.Array, jax.Array]:
+    """A block behind an inner jit: traced once, not once a layer."""
+    return nnx.merge(graph, weights)(x, pages, layer, step)
+
+
+def rms_norm(x: Float[Array, "*n H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*n H"]:
+    """Divide by the root mean square over the last axis, in float32, and scale (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(
+    config: ModelConfig, positions: Int32[Array, " T"]
+) -> tuple[Float[Array, "T 1 D"], Float[Array, "T 1 D"]]:
+    """Cosine and sine of every position's rotation angles, both halves (arXiv 2104.09864)."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(config))[None]
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle per position of each pair of channels, [D/2] float32, with the model's scaling."""
+    D = config.head_dim
+    exponent = np.arange(0, D, 2, dtype=np.float64) / D
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32)
+    # Llama 3.1: long wavelengths are stretched, short ones kept, those between are blended.
+    turns = scaling.original_positions * frequencies / (2 * np.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return (frequencies * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def _rotate(
+    x: Float[Array, "T heads D"], cos: Float[Array, "T 1 D"], sin: Float[Array, "T 1 D"]
+) -> Float[Array, "T heads D"]:
+    """Rotate channel i with channel i + D/2, as Hugging Face checkpoints expect."""
+    low, high = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
+
+
+def _linear(x: Float[Array, "T i"], w: Float[Array, "i o"]) -> Float[Array, "T o"]:
+    return jnp.einsum("ti,io->to", x, w, preferred_element_type=jnp.float32)
