@@ -1,0 +1,150 @@
+"""Packing: nothing is lost, nothing overlaps, pieces lie where the kernels look for them."""
+
+import dataclasses
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from adapter_folders import DTYPES, MODEL, every_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jslora.adapters.layout import PackedAdapter, pack, piece_width, unpack
+from jslora.adapters.peft import Adapter, Factors
+from jslora.errors import AdapterRejected
+from jslora.model.config import GROUPS, MODULES, ModelConfig
+
+BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+
+def _adapter(
+    ranks: dict[tuple[int, str], int], model: ModelConfig, dtype: str = "float32", value: float = 0
+) -> Adapter:
+    """Normal factors, or `value` everywhere, with a scale of its own for each."""
+    random = np.random.default_rng(len(ranks))
+    factors = {}
+    for number, ((layer, module), rank) in enumerate(ranks.items()):
+        wide_in, wide_out = model.widths(module)
+        a, b = random.normal(size=(rank, wide_in)), random.normal(size=(wide_out, rank))
+        if value:
+            a, b = np.full_like(a, value), np.full_like(b, value)
+        factors[layer, module] = Factors(
+            a.astype(DTYPES[dtype]), b.astype(DTYPES[dtype]), np.float32(number + 0.5)
+        )
+    return Adapter(factors=factors, digest="d", base_model=None, bytes=0, warnings=())
+
+
+models = st.builds(
+    lambda heads, kv, dim, hidden, feed, layers: dataclasses.replace(
+        MODEL,
+        heads=heads * kv,
+        kv_heads=kv,
+        head_dim=dim,
+        hidden=hidden,
+        feed_forward=feed,
+        layers=layers,
+    ),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([2, 8, 16, 64]),
+    st.sampled_from([6, 32, 48, 96]),
+    st.sampled_from([10, 64, 176]),
+    st.integers(1, 4),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_packing_keeps_every_number_where_the_offsets_say(data: st.DataObject) -> None:
+    model = data.draw(models)
+    page = 2 * data.draw(st.sampled_from([8, 16, 32])) * model.kv_heads * model.head_dim
+    target = st.sampled_from(every_target(model.layers))
+    ranks = data.draw(st.dictionaries(target, st.integers(1, 9), min_size=1))
+    saved, pool = data.draw(st.sampled_from(list(DTYPES))), data.draw(st.sampled_from([BF16, F32]))
+    adapter = _adapter(ranks, model, saved)
+    packed = pack(adapter, model, page, pool)
+
+    assert packed.blob.dtype == pool and packed.blob.shape == (model.layers, packed.n_pages, page)
+    found = unpack(packed, model)
+    assert found.keys() == ranks.keys()
+    for t, factors in adapter.factors.items():
+        np.testing.assert_array_equal(found[t].a, factors.a.astype(pool))
+        np.testing.assert_array_equal(found[t].b, factors.b.astype(pool))
+        assert found[t].scale == factors.scale
+    _check_places(packed, model, page)
+
+
+def _check_places(packed: PackedAdapter, model: ModelConfig, page: int) -> None:
+    """Order of the groups, boundaries, no overlap, zeros between, and no page too many."""
+    ends = []
+    for layer in range(model.layers):
+        taken = np.zeros(packed.n_pages * page, bool)
+        end = 0
+        for group in GROUPS:
+            for side, offsets in enumerate((packed.a_offset, packed.b_offset)):
+                for module in group:
+                    column = MODULES.index(module)
+                    rank, first = packed.rank[layer, column], offsets[layer, column]
+                    row = model.widths(module)[side]
+                    if rank == 0:
+                        assert first == packed.scale[layer, column] == 0
+                        continue
+                    width = piece_width(row, page)
+                    assert page % width == row % width == first % width == 0
+                    assert end <= first < end + width
+                    end = first + rank * row
+                    assert not taken[first:end].any()
+                    taken[first:end] = True
+        assert not packed.blob[layer].ravel()[~taken].any()
+        ends.append(end)
+    assert packed.n_pages == math.ceil(max(ends) / page)
+
+
+def test_llama_3_8b_at_rank_16_takes_40_pages() -> None:
+    """The figure of the design: 81,920 numbers a rank and layer, pages of 16 tokens."""
+    model = dataclasses.replace(
+        MODEL, hidden=4096, layers=1, heads=32, kv_heads=8, head_dim=128, feed_forward=14336
+    )
+    packed = pack(_adapter(dict.fromkeys(every_target(1), 16), model, value=1), model, 32768, BF16)
+    assert packed.n_pages == 40
+    assert packed.padding == 0
+
+
+def test_padding_is_what_smaller_layers_leave_unused() -> None:
+    page = 2 * 16 * MODEL.kv_heads * MODEL.head_dim  # 512
+    ranks = {(0, "q_proj"): 16, (2, "q_proj"): 8}  # 64 numbers a rank
+    packed = pack(_adapter(ranks, MODEL), MODEL, page, F32)
+    assert packed.n_pages == 2
+    assert packed.padding == 1 - 24 * 64 / (3 * 2 * 512)
+
+
+def test_factors_are_bit_exact_where_the_dtypes_agree() -> None:
+    ranks = dict.fromkeys(every_target(), 3)
+    for dtype, pool, bits in (("bfloat16", BF16, np.uint16), ("float32", F32, np.uint32)):
+        adapter = _adapter(ranks, MODEL, dtype)
+        found = unpack(pack(adapter, MODEL, 512, pool), MODEL)
+        for t, factors in adapter.factors.items():
+            np.testing.assert_array_equal(found[t].b.view(bits), factors.b.view(bits))
+
+
+def test_a_weight_that_overflows_the_pool_is_refused() -> None:
+    ranks = {(1, "up_proj"): 2}
+    largest = float(ml_dtypes.finfo(BF16).max)
+    assert pack(_adapter(ranks, MODEL, value=largest), MODEL, 512, BF16).n_pages == 1
+    too_large = _adapter(ranks, MODEL, value=float(np.finfo(np.float32).max))
+    assert pack(too_large, MODEL, 512, F32).n_pages == 1
+    with pytest.raises(AdapterRejected, match="layer 1's up_proj is too large for bfloat16"):
+        pack(too_large, MODEL, 512, BF16)
+
+
+def test_packed_arrays_cannot_be_written() -> None:
+    packed = pack(_adapter({(0, "q_proj"): 1}, MODEL), MODEL, 512, F32)
+    for array in (packed.blob, packed.a_offset, packed.b_offset, packed.rank, packed.scale):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 1
+
+
+def test_a_pool_of_another_dtype_is_a_broken_invariant() -> None:
+    with pytest.raises(AssertionError, match="a pool of float16"):
+        pack(_adapter({(0, "q_proj"): 1}, MODEL), MODEL, 512, np.dtype(np.float16))
