@@ -1,0 +1,305 @@
+"""Everything that touches the device: weights, the pool, compiled programs, transfers.
+
+All programs are compiled at start-up from abstract values, in a few threads, and looked up by key;
+a missing key is an error, so nothing compiles while serving. `execute` dispatches one step and its
+sampling and returns at once; `Step.wait` reads the results. Buffers given to the device are never
+written again by the host (JAX on a CPU reads them where they are).
+
+Invariant: `pages` and `slots` are donated to every program that changes them; after a failure in
+between they are lost, and only `reset` makes the runner usable again.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jslora import sampling
+from jslora.batch import Bucket, Geometry, pack_lora, pack_sampling, pack_step, segments, Segment
+from jslora.batch import int_fields, sample_fields, size
+from jslora.buckets import choose, make_buckets
+from jslora.model.config import MODULES, ModelConfig
+from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, TokenLogprob
+from jslora.schedule.scheduler import Plan, Results
+from jslora.schedule.sequence import Sequence
+from jslora.step import Programs, sample, score, write_pages
+from pallas_kernels.lora import RANK_BLOCK, Work, slack_pages, work_shape
+from pallas_kernels.paged_attention import CHUNK_PAGES, QUERY_TILE
+
+SCORE_ROWS = 32
+"""Prompt positions scored by one call of the scoring program."""
+
+UPLOAD_BYTES = 2 * 2**20
+"""About how much one upload moves: small enough that a write never holds up a step."""
+
+COMPILE_THREADS = 2
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """Sizes the programs are compiled for."""
+
+    pages: int
+    page_size: int
+    max_running: int
+    max_step_tokens: int
+    max_model_len: int
+    max_rank: int
+    dtype: jnp.dtype
+
+
+def page_numbers(config: ModelConfig, page_size: int) -> int:
+    """Numbers in one page of one layer: S tokens of K keys and K values."""
+    return page_size * 2 * config.kv_heads * config.head_dim
+
+
+def slack(config: ModelConfig, page_size: int) -> int:
+    """Pages behind the last layer that are only ever read past (see `slack_pages`)."""
+    longest = max(max(config.widths(module)) for module in MODULES)
+    return slack_pages(longest, page_numbers(config, page_size))
+
+
+class Runner:
+    """One model on one device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, jax.Array],
+        sizes: RunnerConfig,
+        progress: Callable[[str, int, int, str], None],
+    ) -> None:
+        self.config, self.sizes = config, sizes
+        numbers, behind = page_numbers(config, sizes.page_size), slack(config, sizes.page_size)
+        self._pool_rows = config.layers * sizes.pages + behind
+        self.geometry = Geometry(
+            layers=config.layers,
+            pages=sizes.pages,
+            page_size=sizes.page_size,
+            page_numbers=numbers,
+            slots=sizes.max_running,
+            drop_page=self._pool_rows,
+            query_tile=QUERY_TILE,
+            rank_block=RANK_BLOCK,
+            max_rank=sizes.max_rank,
+            row_lengths=tuple(config.widths(module) for module in MODULES),
+        )
+        width = -(-sizes.max_model_len // sizes.page_size)
+        width = -(-width // CHUNK_PAGES) * CHUNK_PAGES
+        self.buckets = make_buckets(sizes.max_running, sizes.max_step_tokens, width)
+        self.upload_rows = max(1, UPLOAD_BYTES // (numbers * sizes.dtype.itemsize))
+        self._programs = Programs(config, sizes.dtype, self.geometry)
+        self._leaves = [weights[name] for name in self._programs.leaf_names()]
+        self._head = weights["embed" if config.tie_embeddings else "head"]
+        self._executables: dict[Hashable, Any] = {}
+        self._uploads = ThreadPoolExecutor(1, "upload")
+        self._lora: tuple[Hashable, Work, list[Segment]] | None = None
+        self.compile_seconds = 0.0
+        self.reset()
+        self._compile(progress)
+
+    @property
+    def compilations(self) -> int:
+        return len(self._executables)
+
+    def reset(self) -> None:
+        """Make the pool and the slots anew; everything they held is gone."""
+        pool = (self._pool_rows, self.sizes.page_size, 2, self.config.kv_heads, self.config.head_dim)
+        self.pages = jnp.zeros(pool, self.sizes.dtype)
+        self.slots = sampling.new_slots(self.sizes.max_running, self.config.vocab_size)
+
+    # Compiling -----------------------------------------------------------------------------------
+
+    def _compile(self, progress: Callable[[str, int, int, str], None]) -> None:
+        """Lower every program from abstract values, one after the other, and compile in threads."""
+        started, lock = time.monotonic(), threading.Lock()
+        jobs = self._jobs()
+        done = 0
+
+        def finish(key: Hashable, lowered: Any, name: str) -> None:
+            nonlocal done
+            executable = lowered.compile()
+            with lock:
+                self._executables[key] = executable
+                done += 1
+                progress("compile", done, len(jobs), name)
+
+        progress("compile", 0, len(jobs), "")
+        with ThreadPoolExecutor(COMPILE_THREADS, "compile") as pool:
+            waiting = []
+            for key, (name, function, donated, arguments) in jobs.items():
+                lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+                waiting.append(pool.submit(finish, key, lowered, name))
+            for job in waiting:
+                job.result()
+        self.compile_seconds = time.monotonic() - started
+
+    def _jobs(self) -> dict[Hashable, tuple[str, Callable, tuple[int, ...], tuple]]:
+        """Key → (name, function, donated arguments, abstract arguments) of every program."""
+        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        c, dtype = self.config, self.sizes.dtype
+        pages, slots, head = abstract((self.pages, self.slots, self._head))
+        leaves = abstract(self._leaves)
+        acts = lambda n: jax.ShapeDtypeStruct((n, c.hidden), dtype)  # noqa: E731
+        jobs: dict[Hashable, tuple[str, Callable, tuple[int, ...], tuple]] = {}
+        for bucket in self.buckets:
+            packed = ints((size(int_fields(bucket, self.geometry)),))
+            arguments = (leaves, pages, slots.last_token, packed, self._abstract_work(bucket))
+            jobs[bucket] = (
+                f"step {bucket.tokens}x{bucket.rows}",
+                partial(self._programs.step, bucket), (1,), arguments,
+            )  # fmt: skip
+        for n in {bucket.rows for bucket in self.buckets}:
+            rows = (ints((size(sample_fields(n)),)), floats((6, n)))
+            for full in (False, True):
+                name = f"sample {n} {'full' if full else 'greedy'}"
+                jobs["sample", n, full] = (
+                    name, partial(sample, full), (2,), (acts(n), head, slots, *rows),
+                )  # fmt: skip
+        for n in {bucket.tokens for bucket in self.buckets}:
+            positions = (ints((SCORE_ROWS,)), ints((SCORE_ROWS,)))
+            jobs["score", n] = (f"score {n}", score, (), (acts(n), head, *positions))
+        chunk = jax.ShapeDtypeStruct((self.upload_rows, self.geometry.page_numbers), dtype)
+        jobs["write"] = ("write", write_pages, (0,), (pages, ints((self.upload_rows,)), chunk))
+        bias = (ints((MAX_LOGIT_BIAS,)), floats((MAX_LOGIT_BIAS,)), ints((2 * MAX_STOP_IDS,)))
+        new = (ints(()), ints((self.sizes.max_model_len,)), ints(()), ints(()), *bias)
+        jobs["admit"] = ("admit", sampling.admit, (0,), (slots, *new))
+        return jobs
+
+    def _abstract_work(self, bucket: Bucket) -> Work:
+        g, cut = self.geometry, work_shape(bucket.tokens, prefill=bucket.prefill)
+        n = g.items(bucket, cut) * cut.blocks
+        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        return Work(
+            ints((g.layers, len(MODULES), n, 7)),
+            jax.ShapeDtypeStruct((g.layers, len(MODULES), n), jnp.float32),
+            ints((g.layers, len(MODULES))), ints(()), ints((g.pages,)),
+        )  # fmt: skip
+
+    # Steps ---------------------------------------------------------------------------------------
+
+    def execute(self, plan: Plan) -> "Step":
+        """Dispatch a step and its sampling; the results are on their way when it returns."""
+        rows = plan.rows
+        bucket = choose(self.buckets, [row.length for row in rows])
+        packed = pack_step(rows, bucket, self.geometry)
+        sampling_rows = pack_sampling(rows, bucket.rows, self.sizes.max_running)
+        for sequence in plan.admitted:
+            self._admit(sequence)
+        self.pages, h, x = self._executables[bucket](
+            self._leaves, self.pages, self.slots.last_token, packed, self._work(plan, bucket)
+        )
+        program = self._executables["sample", bucket.rows, plan.full]
+        self.slots, sampled = program(h, self._head, self.slots, *sampling_rows)
+        for array in sampled:
+            array.copy_to_host_async()
+        return Step(sampled, self._score(plan, x))
+
+    def _work(self, plan: Plan, bucket: Bucket) -> Work:
+        """The LoRA work lists; kept until the rows or adapters of a step change."""
+        parts = segments(plan.rows)
+        key = (bucket, tuple((id(part.placement), part.start, part.end) for part in parts))
+        if self._lora is None or self._lora[0] != key:
+            cut = work_shape(bucket.tokens, prefill=bucket.prefill)
+            arrays = pack_lora(parts, bucket, self.geometry, cut)
+            work = Work(arrays.blocks, arrays.scale, arrays.count, arrays.split, arrays.page_list)
+            self._lora = (key, jax.device_put(work), parts)  # the parts keep the key's ids alive
+        return self._lora[1]
+
+    def _admit(self, sequence: Sequence) -> None:
+        params, vocab = sequence.request.params, self.config.vocab_size
+        tokens = np.zeros(self.sizes.max_model_len, np.int32)
+        tokens[: len(sequence.tokens)] = sequence.tokens
+        ids = np.full(MAX_LOGIT_BIAS, vocab, np.int32)
+        values = np.zeros(MAX_LOGIT_BIAS, np.float32)
+        for i, (token, bias) in enumerate(params.logit_bias):
+            ids[i], values[i] = token, bias
+        stops = np.full(2 * MAX_STOP_IDS, vocab, np.int32)
+        ends = () if params.ignore_eos else self.config.eos_token_ids[:MAX_STOP_IDS]
+        held = (*ends, *params.stop_token_ids)
+        stops[: len(held)] = held
+        self.slots = self._executables["admit"](
+            self.slots, np.int32(sequence.slot), tokens, np.int32(sequence.prompt_length),
+            np.int32(len(sequence.tokens)), ids, values, stops,
+        )  # fmt: skip
+
+    def _score(self, plan: Plan, x: jax.Array) -> "list[tuple[list[tuple[int, int]], Any]]":
+        """Logprobs of prompt tokens: [((row, position) of each), sampled], SCORE_ROWS at a time."""
+        starts = np.cumsum([0, *(row.length for row in plan.rows)])
+        wanted = [
+            (b, position)
+            for b, first, last in plan.scores
+            for position in range(first, last + 1)
+        ]
+        found = []
+        for at in range(0, len(wanted), SCORE_ROWS):
+            part = wanted[at : at + SCORE_ROWS]
+            index, target = np.zeros((2, SCORE_ROWS), np.int32)
+            for i, (b, position) in enumerate(part):
+                index[i] = starts[b] + position - 1 - plan.rows[b].position
+                target[i] = plan.sequences[b].tokens[position]
+            scored = self._executables["score", x.shape[0]](x, self._head, index, target)
+            found.append((part, scored))
+        return found
+
+    # Adapter pages -------------------------------------------------------------------------------
+
+    def upload(self, rows: np.ndarray, data: np.ndarray) -> "Future[tuple[jax.Array, jax.Array]]":
+        """Start copying a chunk of pages to the device, off the caller's thread."""
+
+        def send() -> tuple[jax.Array, jax.Array]:
+            sent = jax.device_put((rows, data))
+            return jax.block_until_ready(sent)
+
+        return self._uploads.submit(send)
+
+    def write(self, chunk: tuple[jax.Array, jax.Array]) -> None:
+        """Dispatch the write of a transferred chunk into the pool."""
+        self.pages = self._executables["write"](self.pages, *chunk)
+
+    def close(self) -> None:
+        self._uploads.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A dispatched step."""
+
+    sampled: sampling.Sampled
+    scored: list[tuple[list[tuple[int, int]], sampling.Sampled]]
+
+    def wait(self) -> Results:
+        """Block until the step is done and read it.
+
+        Raises whatever the device raised; the pool is lost then.
+        """
+        ints, floats = np.asarray(self.sampled.ints), np.asarray(self.sampled.floats)
+        scores = {}
+        for places, scored in self.scored:
+            score_ints, score_floats = np.asarray(scored.ints), np.asarray(scored.floats)
+            for i, place in enumerate(places):
+                row = score_ints[i]
+                scores[place] = _logprob(row[0], row[1], row[2:], score_floats[i])
+
+        def logprob(b: int) -> TokenLogprob:
+            return _logprob(ints[b, 0], ints[b, 2], ints[b, 3:], floats[b])
+
+        return Results(ints[:, 0], ints[:, 1] != 0, logprob, scores)
+
+
+def _logprob(token: Any, rank: Any, ids: np.ndarray, values: np.ndarray) -> TokenLogprob:
+    top = tuple((int(i), float(v)) for i, v in zip(ids, values[1:], strict=True) if v > -np.inf)
+    return TokenLogprob(token=int(token), logprob=float(values[0]), rank=int(rank), top=top)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)

@@ -1,0 +1,235 @@
+"""From the last activations of each row to its next token, on the device.
+
+Two programs: greedy, and full (penalties, bias, filters, draws, logprobs). Neither sorts the
+vocabulary: filters find a threshold by bisection, and a draw inverts the cumulative distribution at
+one uniform number per (seed, position), so equal logits give equal draws in any batch.
+
+Per-slot state lives on the device between steps: the last token, which the next step reads back
+without the host, and the token counts that penalties need. Padding rows use a slot past the end:
+their reads are clamped and their writes dropped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
+
+IN_PROMPT = 1 << 30
+"""Flag beside the count of generated tokens: the token also occurs in the prompt."""
+
+_BLOCK = 256
+_BISECTIONS = 32
+
+
+class Slots(NamedTuple):
+    """What the device remembers of each running sequence; donated to every sampling program."""
+
+    last_token: Int32[Array, " slots"]
+    counts: Int32[Array, "slots V"]
+    bias_ids: Int32[Array, "slots 300"]
+    bias_values: Float[Array, "slots 300"]
+    stop_ids: Int32[Array, "slots 32"]  # ids that cannot be drawn before min_tokens; V pads
+
+
+class SampleRows(NamedTuple):
+    """Per-row settings of one step; rows that do not sample have a slot past the end."""
+
+    slot: Int32[Array, " B"]
+    seed: Int32[Array, "B 2"]
+    position: Int32[Array, " B"]
+    top_k: Int32[Array, " B"]
+    hold_stop: Int32[Array, " B"]
+    stateful: Int32[Array, " B"]  # the slot's counts and bias apply
+    temperature: Float[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition: Float[Array, " B"]
+    presence: Float[Array, " B"]
+    frequency: Float[Array, " B"]
+
+
+class Sampled(NamedTuple):
+    """What the host reads back, one copy each; `floats` is empty in the greedy program.
+
+    `ints` columns: token, finite, rank, then MAX_LOGPROBS likeliest ids; `floats` columns: the
+    token's logprob, then theirs.
+    """
+
+    ints: Int32[Array, "B ints"]
+    floats: Float[Array, "B floats"]
+
+
+def new_slots(slots: int, vocab: int) -> Slots:
+    """State of `slots` slots in which no sequence runs."""
+    return Slots(
+        last_token=jnp.zeros((slots,), jnp.int32),
+        counts=jnp.zeros((slots, vocab), jnp.int32),
+        bias_ids=jnp.full((slots, MAX_LOGIT_BIAS), vocab, jnp.int32),
+        bias_values=jnp.zeros((slots, MAX_LOGIT_BIAS), jnp.float32),
+        stop_ids=jnp.full((slots, 2 * MAX_STOP_IDS), vocab, jnp.int32),
+    )
+
+
+def admit(
+    slots: Slots,
+    slot: Int32[Array, ""],
+    tokens: Int32[Array, " N"],
+    prompt: Int32[Array, ""],
+    total: Int32[Array, ""],
+    bias_ids: Int32[Array, " 300"],
+    bias_values: Float[Array, " 300"],
+    stop_ids: Int32[Array, " 32"],
+) -> Slots:
+    """Give a slot to a sequence with penalties, bias or a minimum length.
+
+    `tokens` holds the prompt, then what was generated before a preemption, then padding.
+    """
+    at, vocab = jnp.arange(tokens.shape[0]), slots.counts.shape[1]
+    in_prompt = jnp.zeros((vocab,), jnp.int32)
+    in_prompt = in_prompt.at[jnp.where(at < prompt, tokens, vocab)].set(IN_PROMPT, mode="drop")
+    generated = (at >= prompt) & (at < total)
+    counts = in_prompt.at[jnp.where(generated, tokens, vocab)].add(1, mode="drop")
+    return Slots(
+        last_token=slots.last_token,
+        counts=slots.counts.at[slot].set(counts),
+        bias_ids=slots.bias_ids.at[slot].set(bias_ids),
+        bias_values=slots.bias_values.at[slot].set(bias_values),
+        stop_ids=slots.stop_ids.at[slot].set(stop_ids),
+    )
+
+
+def head(h: Float[Array, "B H"], weight: Float[Array, "V H"]) -> Float[Array, "B V"]:
+    """Logits in float32."""
+    return jnp.einsum("bh,vh->bv", h, weight, preferred_element_type=jnp.float32)
+
+
+def sample_greedy(
+    h: Float[Array, "B H"], weight: Float[Array, "V H"], slots: Slots, rows: SampleRows
+) -> tuple[Slots, Sampled]:
+    """The likeliest token of each row; a row with a logit that is not a number is flagged."""
+    logits = head(h, weight)
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    finite = _finite(logits, token)
+    last = slots.last_token.at[rows.slot].set(token, mode="drop")
+    ints = jnp.stack([token, finite.astype(jnp.int32)], axis=1)
+    return slots._replace(last_token=last), Sampled(ints, jnp.zeros((h.shape[0], 0), jnp.float32))
+
+
+def sample_full(
+    h: Float[Array, "B H"], weight: Float[Array, "V H"], slots: Slots, rows: SampleRows
+) -> tuple[Slots, Sampled]:
+    """Every sampling setting, with logprobs of the model's own distribution (before any setting)."""
+    raw = head(h, weight)
+    logits = _adjust(raw, slots, rows)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.where(rows.temperature == 0, greedy, _draw(logits, rows))
+    ints, floats = logprobs(raw, token)
+    ints = jnp.concatenate([ints[:, :1], _finite(raw, token).astype(jnp.int32)[:, None], ints[:, 1:]], 1)
+    slots = slots._replace(
+        last_token=slots.last_token.at[rows.slot].set(token, mode="drop"),
+        counts=slots.counts.at[rows.slot, token].add(1, mode="drop"),
+    )
+    return slots, Sampled(ints, floats)
+
+
+def logprobs(
+    logits: Float[Array, "B V"], token: Int32[Array, " B"]
+) -> tuple[Int32[Array, "B ints"], Float[Array, "B floats"]]:
+    """([token, rank, likeliest ids], [its logprob, theirs]); rank 1 is the likeliest."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
+    values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    pad = ((0, 0), (0, MAX_LOGPROBS - ids.shape[1]))
+    ids, values = jnp.pad(ids, pad), jnp.pad(values, pad, constant_values=-jnp.inf)
+    ints = jnp.concatenate([token[:, None], rank[:, None], ids.astype(jnp.int32)], axis=1)
+    return ints, jnp.concatenate([own - total, values - total], axis=1)
+
+
+def _finite(logits: Float[Array, "B V"], token: Int32[Array, " B"]) -> Bool[Array, " B"]:
+    """argmax lands on a NaN or an infinity wherever there is one, so the maximum tells."""
+    return jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def _adjust(logits: Float[Array, "B V"], slots: Slots, rows: SampleRows) -> Float[Array, "B V"]:
+    """Penalties as OpenAI and Hugging Face define them, then bias, then the minimum length."""
+    B, V = logits.shape
+    at = lambda table: table.at[rows.slot].get(mode="clip")  # noqa: E731
+    stateful = rows.stateful[:, None] == 1
+    counts = jnp.where(stateful, at(slots.counts), 0)
+    seen, generated = counts > 0, (counts & (IN_PROMPT - 1)).astype(jnp.float32)
+    repetition = rows.repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen, repeated, logits)
+    logits = logits - rows.frequency[:, None] * generated
+    logits = logits - rows.presence[:, None] * (generated > 0)
+    row = jnp.arange(B)[:, None]
+    bias_ids = jnp.where(stateful, at(slots.bias_ids), V)
+    logits = logits.at[row, bias_ids].add(at(slots.bias_values), mode="drop")
+    held = jnp.where(rows.hold_stop[:, None] == 1, at(slots.stop_ids), V)
+    return logits.at[row, held].set(-jnp.inf, mode="drop")
+
+
+def _draw(logits: Float[Array, "B V"], rows: SampleRows) -> Int32[Array, " B"]:
+    """One token by inverse CDF after temperature, top-k, top-p (of what top-k left) and min-p."""
+    warm = jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
+    scaled = logits / warm
+    p = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the likeliest token has 1
+    V = p.shape[1]
+    top_k = jnp.where((rows.top_k <= 0) | (rows.top_k > V), V, rows.top_k)[:, None]
+    p = _keep_above(p, lambda kept: jnp.sum(kept > 0, axis=-1, keepdims=True) >= top_k)
+    enough = rows.top_p[:, None] * jnp.sum(p, axis=-1, keepdims=True)
+    p = _keep_above(p, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= enough)
+    p = jnp.where(p >= rows.min_p[:, None], p, 0)
+    return _inverse_cdf(p, _uniform(rows.seed, rows.position))
+
+
+def _keep_above(p: Float[Array, "B V"], enough: "callable") -> Float[Array, "B V"]:
+    """Zero all below the highest threshold that still keeps enough; ties at it are all kept.
+
+    Positive floats order as their bit patterns do, so halving an integer interval finds the
+    threshold exactly in 31 steps. p lies in [0, 1].
+    """
+    bits = lax.bitcast_convert_type(p, jnp.int32)
+    low = jnp.zeros((p.shape[0], 1), jnp.int32)  # keeping all at or above `low` is enough
+    high = jnp.full_like(low, 0x3F800001)  # above 1.0: keeps nothing
+
+    for _ in range(_BISECTIONS):
+        middle = low + (high - low) // 2
+        ok = enough(jnp.where(bits >= middle, p, 0))
+        low, high = jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+    return jnp.where(bits >= low, p, 0)
+
+
+def _uniform(seed: Int32[Array, "B 2"], position: Int32[Array, " B"]) -> Float[Array, " B"]:
+    """One number in [0, 1) per (seed, position), whatever else is in the batch."""
+
+    def one(seed: Int32[Array, " 2"], position: Int32[Array, ""]) -> Float[Array, ""]:
+        key = jax.random.wrap_key_data(lax.bitcast_convert_type(seed, jnp.uint32))
+        return jax.random.uniform(jax.random.fold_in(key, position), (), jnp.float32)
+
+    return jax.vmap(one)(seed, position)
+
+
+def _inverse_cdf(p: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int32[Array, " B"]:
+    """First token whose cumulative weight exceeds `uniform` of the total, by blocks of _BLOCK.
+
+    Summing within blocks first keeps float32 cumulative sums short, and cheap on a CPU.
+    """
+    B, V = p.shape
+    blocks = jnp.pad(p, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+    ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    target = uniform * ends[:, -1]
+    block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), ends.shape[1] - 1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    before = jnp.take_along_axis(ends, block[:, None], axis=1)[:, 0] - jnp.sum(inside, axis=-1)
+    past = before[:, None] + jnp.cumsum(inside, axis=-1) > target[:, None]
+    # Rounding may leave the target a hair past the block's end: then its last possible token.
+    past = past & (inside > 0)
+    last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
+    offset = jnp.where(jnp.any(past, axis=-1), jnp.argmax(past, axis=-1), last)
+    return (block * _BLOCK + offset).astype(jnp.int32)
