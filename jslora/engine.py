@@ -1,0 +1,287 @@
+"""`jslora.Engine`: text in, text out, in one process, with the same core that the server runs.
+
+    engine = jslora.Engine("configs/demo.yaml")
+    print(engine.generate("The capital of France is", adapter="adapter-000")[0].text)
+
+Every method has an async twin; both only hand requests to the core's thread and take events back.
+"""
+
+import asyncio
+import itertools
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from jslora.build import build_core, model_folder
+from jslora.config import EngineConfig, load, parse
+from jslora.errors import BY_TYPE, InvalidRequest, JsloraError
+from jslora.progress import Progress, silent
+from jslora.request import (
+    AdapterInfo, Request, SamplingParams, Stats, TokenEvent, TokenLogprob,
+)  # fmt: skip
+from jslora.text import TextAssembler
+from jslora.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What one prompt was answered.
+
+    Attributes:
+        text: empty for a model without a tokenizer.
+        tokens: generated ids, the end token left out.
+        finish_reason: "stop" or "length".
+        stop_reason: the stop string or id that ended it, if one of the request's did.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt: tuple[int, ...]
+    finish_reason: str
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A piece of a streamed answer; the last one has a finish reason."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class Engine:
+    """A model and its adapters, ready when the constructor returns.
+
+    Args:
+        config: a YAML file, the same as nested dicts, or a validated `EngineConfig`.
+        progress: told of start-up work as (stage, done, total, note).
+        check_ledger: assert the page ledger after every step, for tests.
+
+    Raises:
+        ConfigError, ModelError: the configuration or the model's files are wrong.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | dict[str, Any] | str | Path,
+        progress: Progress = silent,
+        *,
+        check_ledger: bool = False,
+    ) -> None:
+        if isinstance(config, dict):
+            config = parse(config)
+        elif not isinstance(config, EngineConfig):
+            config = load(Path(config))
+        self.config = config
+        folder = model_folder(config, progress)
+        has_text = folder is not None and any(folder.glob("tokenizer*.*"))
+        self.tokenizer = Tokenizer(folder) if folder is not None and has_text else None
+        self._sinks: dict[str, Callable[[TokenEvent], None]] = {}
+        self._ids = itertools.count()
+        self.core, self.info = build_core(
+            config, folder, self._dispatch, progress, check_ledger=check_ledger
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Generating ----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+    ) -> list[Completion]:
+        """Answer prompts (texts or token ids), all in one batch.
+
+        Raises:
+            InvalidRequest, UnknownModel, EngineFailed, CorruptOutput: as the first prompt's error;
+                the other prompts are aborted.
+        """
+        jobs = [self._job(prompt, params, adapter) for prompt in _listed(prompts)]
+        try:
+            for job in jobs:
+                self._submit(job, job.events.put)
+            return [job.collect() for job in jobs]
+        finally:
+            self._forget(jobs)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece; closing the iterator aborts it. Raises as `generate`."""
+        job = self._job(prompt, params, adapter)
+        self._submit(job, job.events.put)
+        try:
+            while not job.done:
+                yield job.take(job.events.get())
+        finally:
+            self._forget([job])
+
+    async def generate_async(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+    ) -> list[Completion]:
+        """`generate` without blocking the event loop; cancelling it aborts the requests."""
+
+        async def one(prompt: Prompt) -> Completion:
+            job = self._job(prompt, params, adapter)
+            async for _ in self._chunks(job):
+                pass
+            return job.completion()
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(prompt)) for prompt in _listed(prompts)]
+        return [task.result() for task in tasks]
+
+    async def stream_async(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        """`stream` without blocking the event loop."""
+        async for chunk in self._chunks(self._job(prompt, params, adapter)):
+            yield chunk
+
+    async def _chunks(self, job: "_Job") -> AsyncIterator[Chunk]:
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
+        self._submit(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+        try:
+            while not job.done:
+                yield job.take(await events.get())
+        finally:
+            self._forget([job])
+
+    def _job(self, prompt: Prompt, params: SamplingParams | None, adapter: str | None) -> "_Job":
+        params = params or SamplingParams()
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("the model has no tokenizer; give token ids", param="prompt")
+            prompt = self.tokenizer.encode(prompt)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("the model has no tokenizer; use stop_token_ids", param="stop")
+        name = adapter if adapter != self.config.model.served_name else None
+        request = Request(
+            id=f"engine-{next(self._ids)}", prompt=tuple(prompt), params=params, adapter=name
+        )
+        return _Job(request, self.tokenizer)
+
+    def _submit(self, job: "_Job", sink: Callable[[TokenEvent], None]) -> None:
+        self._sinks[job.request.id] = sink
+        self.core.submit(job.request)
+
+    def _forget(self, jobs: "list[_Job]") -> None:
+        """Take the sinks away, and abort what was not read to the engine's own end."""
+        open_ids = [job.request.id for job in jobs if not job.engine_done]
+        for job in jobs:
+            self._sinks.pop(job.request.id, None)
+        if open_ids:
+            self.core.abort(open_ids)
+
+    def _dispatch(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            sink = self._sinks.get(event.id)
+            if sink is not None:
+                sink(event)
+
+    # Adapters and the rest -----------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> AdapterInfo:
+        """Read an adapter below `adapters.roots` and register it; see `AdapterStore.load`.
+
+        Raises:
+            AdapterRejected: it cannot be bound exactly; nothing was kept.
+        """
+        return self.core.load_adapter(name, path, replace).result()
+
+    async def load_adapter_async(
+        self, name: str, path: str | None = None, *, replace: bool = False
+    ) -> AdapterInfo:
+        """`load_adapter` without blocking the event loop."""
+        return await asyncio.wrap_future(self.core.load_adapter(name, path, replace))
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        """Take an adapter's name away; requests that hold it finish.
+
+        Raises:
+            UnknownModel: it is not registered.
+        """
+        return self.core.unload_adapter(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every registered adapter's bind report and state."""
+        return self.core.adapters()
+
+    def stats(self) -> Stats:
+        """Counters and gauges."""
+        return self.core.stats()
+
+    def close(self) -> None:
+        """Stop; requests still running end without further events."""
+        self.core.close()
+
+
+class _Job:
+    """A request and what has come back of it."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self.done = self.engine_done = False
+        self._text = TextAssembler(tokenizer, request.params, request.prompt) if tokenizer else None
+        self._answer = Completion(text="", tokens=(), prompt=request.prompt, finish_reason="")
+
+    def collect(self) -> Completion:
+        while not self.done:
+            self.take(self.events.get())
+        return self._answer
+
+    def completion(self) -> Completion:
+        assert self.done, f"request {self.request.id} is not done"
+        return self._answer
+
+    def take(self, event: TokenEvent) -> Chunk:
+        """Add an event. Raises the error it carries."""
+        self.engine_done = event.last
+        if event.error is not None:
+            self.done = True
+            error = BY_TYPE.get(event.error.type, JsloraError)
+            raise error(event.error.message, param=event.error.param)
+        text, tokens, logprobs = "", event.tokens, event.logprobs
+        reason, stop = event.finish_reason, event.stop_token
+        if self._text is not None:
+            delta = self._text.push(event)
+            text, tokens, logprobs = delta.text, delta.tokens, delta.logprobs
+            reason, stop = delta.finish_reason, delta.stop_reason
+        self.done = reason is not None
+        before = self._answer
+        self._answer = replace(
+            before,
+            text=before.text + text,
+            tokens=before.tokens + tuple(tokens),
+            logprobs=before.logprobs + tuple(logprobs),
+            finish_reason=reason or "",
+            stop_reason=stop,
+            prompt_logprobs=before.prompt_logprobs or event.prompt_logprobs,
+        )
+        return Chunk(text=text, tokens=tuple(tokens), finish_reason=reason)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several: a text, a list of ids, or a list of either."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and all(isinstance(part, int) for part in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

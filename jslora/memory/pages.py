@@ -1,0 +1,94 @@
+"""Who owns which page of the pool: one allocator, with reference counts, for KV and adapters alike.
+
+A page id means the same page in every layer. Page 0 is the null page and is never handed out.
+Single pages (KV) come from the top of the pool and runs (adapters) from the bottom, so that long
+runs of free pages survive. Host only: no jax.
+
+Invariant: free pages and pages in use make up all pages but page 0, and a page's count equals the
+number of holders that list it; `check` proves it against the holders.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+class PageAllocator:
+    """Pages 1 to `total` - 1, free or counted."""
+
+    def __init__(self, total: int) -> None:
+        assert total >= 2, f"a pool of {total} pages has no page to give"
+        self.total = total
+        self._count = np.zeros(total, np.int32)
+        self._count[0] = 1
+        # Highest first; an entry may be stale (its page was taken by a run) and is then skipped.
+        self._heap = [-page for page in range(total - 1, 0, -1)]
+        self.free = total - 1
+
+    def take(self, n: int) -> list[int] | None:
+        """`n` single pages, or None (and nothing taken) if fewer are free."""
+        if n > self.free:
+            return None
+        pages: list[int] = []
+        while len(pages) < n:
+            page = -heapq.heappop(self._heap)
+            if self._count[page] == 0:
+                self._count[page] = 1
+                pages.append(page)
+        self.free -= n
+        return pages
+
+    def take_run(self, n: int) -> list[int] | None:
+        """`n` pages, consecutive if any such run is free (the shortest that fits, lowest first)."""
+        if n > self.free:
+            return None
+        first = self._best_run(n)
+        if first is None:
+            return self.take(n)
+        self._count[first : first + n] = 1
+        self.free -= n
+        return list(range(first, first + n))
+
+    def _best_run(self, n: int) -> int | None:
+        edges = np.flatnonzero(np.diff(np.concatenate([[1], self._count != 0, [1]])))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        fits = np.flatnonzero(lengths >= n)
+        if len(fits) == 0:
+            return None
+        return int(starts[fits[np.argmin(lengths[fits])]])
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Count one more holder of each page."""
+        for page in pages:
+            assert self._count[page] > 0, f"page {page} is free and cannot be shared"
+            self._count[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Count one holder less of each page; a page without holders is free."""
+        for page in pages:
+            assert page != 0 and self._count[page] > 0, f"page {page} is not held"
+            self._count[page] -= 1
+            if self._count[page] == 0:
+                self.free += 1
+                heapq.heappush(self._heap, -page)
+        if len(self._heap) > 2 * self.total:
+            self._heap = [-int(page) for page in np.flatnonzero(self._count == 0)]
+            heapq.heapify(self._heap)
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """Assert that every page's count is the number of `holders` that list it."""
+        held = Counter(page for pages in holders for page in pages)
+        used = {int(page): int(self._count[page]) for page in np.flatnonzero(self._count)}
+        used.pop(0, None)
+        assert 0 not in held, "the null page is held"
+        assert held == used, f"pages held and counted differ: {_difference(held, used)}"
+        assert self.free + len(used) == self.total - 1, (
+            f"{self.free} free and {len(used)} used pages of {self.total - 1}"
+        )
+
+
+def _difference(held: Counter[int], used: dict[int, int]) -> list[tuple[int, int, int]]:
+    pages = sorted(page for page in held.keys() | used.keys() if held[page] != used.get(page, 0))
+    return [(page, held[page], used.get(page, 0)) for page in pages[:10]]

@@ -1,0 +1,67 @@
+"""One running or waiting sequence, as the scheduler sees it. Host only: no jax."""
+
+from dataclasses import dataclass, field
+
+from jslora.adapters.version import Version
+from jslora.request import Request, TokenLogprob
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The host's mutable record of a request.
+
+    Attributes:
+        tokens: prompt and generated tokens that the host has read.
+        computed: leading tokens whose keys and values are written, or dispatched to be.
+        pending: tokens sampled on the device and not yet read, 0 or 1 between steps.
+        pages: block table; holds at least `computed` tokens.
+        slot: place of its per-sequence state on the device while it runs.
+        hold: planned no more until its pending token is read, because it will be preempted.
+        scores: logprobs of the prompt tokens read so far, by position.
+    """
+
+    request: Request
+    version: Version | None
+    seed: int
+    order: int
+    tokens: list[int]
+    computed: int = 0
+    pending: int = 0
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    hold: bool = False
+    finished: bool = False
+    scores: dict[int, TokenLogprob] = field(default_factory=dict)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def digest(self) -> str:
+        return self.version.digest if self.version else ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to compute: a token not yet fed, and tokens still wanted."""
+        params = self.request.params
+        wanted = self.generated + self.pending < params.max_tokens
+        scoring = params.max_tokens == 0 and self.computed < self.prompt_length
+        return not self.finished and not self.hold and (wanted or scoring)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether sampling needs counts, bias or stop ids of its own on the device."""
+        p = self.request.params
+        neutral = p.repetition_penalty == 1 and p.presence_penalty == p.frequency_penalty == 0
+        return not neutral or bool(p.logit_bias) or p.min_tokens > 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the greedy program serves it."""
+        p = self.request.params
+        return p.temperature == 0 and p.logprobs is None and not self.stateful

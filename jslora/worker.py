@@ -1,0 +1,204 @@
+"""The engine process: an `EngineCore` behind one socket, alive as long as its parent.
+
+It reads one JSON line from standard input, {"config": ..., "folder": ...}, connects to the given
+ZeroMQ address, reports start-up progress, and then serves the messages of `jslora.wire`. When
+standard input closes the parent is gone, and it exits at once. Its exit code tells why: 0 drained,
+2 configuration, 3 model, 4 device.
+"""
+
+import argparse
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from jslora import wire
+from jslora.config import EngineConfig
+from jslora.errors import ConfigError, JsloraError
+from jslora.logs import configure
+from jslora.request import AdapterInfo, ErrorInfo, TokenEvent
+
+PULSE_SECONDS = 1.0
+_POLL_MILLISECONDS = 100
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The socket's one thread, and the core it serves."""
+
+    def __init__(self, address: str) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.linger = 2000
+        self._socket.connect(address)
+        # The socket belongs to the main thread; others hand it news and ring the bell.
+        self._news: queue.SimpleQueue[wire.News] = queue.SimpleQueue()
+        self._bell_in: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._bell_out: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._bell_in.bind("inproc://news")
+        self._bell_out.connect("inproc://news")
+        self._bell_lock = threading.Lock()
+        self._draining = False
+
+    def tell(self, news: wire.News) -> None:
+        """Send a message; from any thread."""
+        self._news.put(news)
+        with self._bell_lock:
+            self._bell_out.send(b"")
+
+    def tell_progress(self, stage: str, done: int, total: int, note: str) -> None:
+        """Report start-up progress; from any thread, sent as soon as the main thread looks."""
+        self.tell(wire.Progress(stage, done, total, note))
+
+    def tell_events(self, events: list[TokenEvent]) -> None:
+        self.tell(wire.Events(events))
+
+    def start(self, config: EngineConfig, folder: Path | None) -> int:
+        """Build the core in a thread of its own, passing its progress on, and serve it."""
+        from jslora.build import build_core  # jax comes in here, after the socket answers
+
+        outcome: list[Any] = []
+
+        def build() -> None:
+            try:
+                outcome.append(build_core(config, folder, self.tell_events, self.tell_progress))
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=build, name="build")
+        thread.start()
+        while thread.is_alive() or not self._news.empty():
+            self._bell_in.poll(_POLL_MILLISECONDS)
+            self._flush()
+        if isinstance(outcome[0], BaseException):
+            return self._give_up(outcome[0])
+        self._core, info = outcome[0]
+        self.tell(wire.Ready(info))
+        return self._serve()
+
+    def _give_up(self, error: BaseException) -> int:
+        log.error("start-up failed: %s", error, exc_info=not isinstance(error, JsloraError))
+        if isinstance(error, JsloraError):
+            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
+        else:
+            info = ErrorInfo(type="internal_error", message=f"{type(error).__name__}: {error}"[:500])
+        self.tell(wire.Failed(info))
+        self._flush()
+        self._socket.close()
+        return exit_code(error)
+
+    def _serve(self) -> int:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._bell_in, zmq.POLLIN)
+        pulse_at = 0.0
+        while True:
+            poller.poll(_POLL_MILLISECONDS)
+            self._flush()
+            while self._socket.poll(0):
+                self._obey(wire.decode_command(self._socket.recv()))
+            if time.monotonic() >= pulse_at:
+                pulse_at = time.monotonic() + PULSE_SECONDS
+                self.tell(wire.Pulse(self._core.stats()))
+            if self._draining and self._core.scheduler.idle:
+                time.sleep(2 * _POLL_MILLISECONDS / 1000)  # the last step's events
+                self._flush()
+                self._core.close()
+                self._flush()
+                self._socket.close()
+                return 0
+
+    def _flush(self) -> None:
+        while self._bell_in.poll(0):
+            self._bell_in.recv()
+        while not self._news.empty():
+            self._socket.send(wire.encode(self._news.get()))
+
+    def _obey(self, command: wire.Command) -> None:
+        match command:
+            case wire.Submit(request):
+                self._core.submit(request)
+            case wire.Abort(ids):
+                self._core.abort(ids)
+            case wire.Drain():
+                self._draining = True
+            case wire.LoadAdapter(seq, name, path, replace):
+                loading = self._core.load_adapter(name, path, replace)
+                loading.add_done_callback(lambda done: self._reply(seq, done.exception(), done))
+            case wire.UnloadAdapter(seq, name):
+                try:
+                    self._tell_reply(seq, self._core.unload_adapter(name), None)
+                except JsloraError as error:
+                    self._reply(seq, error, None)
+
+    def _reply(self, seq: int, error: BaseException | None, done: Any) -> None:
+        if error is None:
+            self._tell_reply(seq, done.result(), None)
+        elif isinstance(error, JsloraError):
+            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
+            self._tell_reply(seq, None, info)
+        else:
+            log.error("an adapter command failed", exc_info=error)
+            info = ErrorInfo(type="internal_error", message="the command failed; see the log")
+            self._tell_reply(seq, None, info)
+
+    def _tell_reply(self, seq: int, adapter: AdapterInfo | None, error: ErrorInfo | None) -> None:
+        self.tell(wire.Reply(seq, adapter, error))
+        if error is None:
+            self.tell(wire.Pulse(self._core.stats(), self._core.adapters()))
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for the configuration, 3 for the model or an adapter, 4 for the device."""
+    if isinstance(error, ConfigError):
+        return 2
+    return 3 if isinstance(error, JsloraError) else 4
+
+
+def _read_order() -> tuple[EngineConfig, Path | None]:
+    order = json.loads(sys.stdin.buffer.readline())
+    folder = order["folder"]
+    return EngineConfig.model_validate(order["config"]), Path(folder) if folder else None
+
+
+def _exit_with_parent() -> None:
+    """Nobody is left to serve once standard input closes."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="jslora's engine process")
+    parser.add_argument("--socket", help="ZeroMQ address to connect to")
+    parser.add_argument("--check", action="store_true", help="print the memory plan and exit")
+    options = parser.parse_args(arguments)
+    config, folder = _read_order()
+    configure(config.logging)
+    if options.check:
+        return check(config, folder)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    return Worker(options.socket).start(config, folder)
+
+
+def check(config: EngineConfig, folder: Path | None) -> int:
+    """Print the memory plan."""
+    from jslora.build import memory_plan, read_model_config
+
+    try:
+        plan = memory_plan(config, read_model_config(config, folder))
+    except JsloraError as error:
+        print(error.message, file=sys.stderr)
+        return exit_code(error)
+    print(plan.report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
