@@ -15,7 +15,7 @@ def make_buckets(max_rows: int, max_tokens: int, pages: int) -> list[Bucket]:
     rows = [SMALLEST]
     while rows[-1] < max_rows:
         rows.append(2 * rows[-1])
-    tokens = [2 * rows[-1]]
+    tokens = [max(2 * rows[-1], 64 if max_tokens >= 64 else 0)]
     while tokens[-1] < max_tokens:
         tokens.append(2 * tokens[-1])
     decode = [Bucket(n, n, pages) for n in rows]

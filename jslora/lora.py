@@ -24,12 +24,13 @@ def apply_lora(
     work: Work,
 ) -> Float[Array, "T out"]:
     """Add the deltas of a group of modules that read the same input to their fused base output."""
-    column = 0
-    for module in GROUPS[group]:
-        index, width = MODULES.index(module), config.widths(module)[1]
+    widths = [config.widths(module)[1] for module in GROUPS[group]]
+    for width in dict.fromkeys(widths):
+        same = [i for i, other in enumerate(widths) if other == width]
         y = add_lora(
             y, x, pages, first_page, work, layer,
-            module=index, shape=shape, column=column, width=width,
+            modules=tuple(MODULES.index(GROUPS[group][i]) for i in same),
+            columns=tuple(sum(widths[:i]) for i in same),
+            width=width, shape=shape,
         )  # fmt: skip
-        column += width
     return y

@@ -30,8 +30,12 @@ from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, TokenLogprob
 from jslora.schedule.scheduler import Plan, Results
 from jslora.schedule.sequence import Sequence
 from jslora.step import Programs, sample, score, write_pages
+from pallas_kernels.launch import one_program
 from pallas_kernels.lora import RANK_BLOCK, Work, slack_pages, work_shape
 from pallas_kernels.paged_attention import CHUNK_PAGES, QUERY_TILE
+
+Job = tuple[str, Callable, tuple[int, ...], tuple]
+"""What to compile: name, function, donated arguments, abstract arguments."""
 
 SCORE_ROWS = 32
 """Prompt positions scored by one call of the scoring program."""
@@ -96,7 +100,8 @@ class Runner:
         self.buckets = make_buckets(sizes.max_running, sizes.max_step_tokens, width)
         self.upload_rows = max(1, UPLOAD_BYTES // (numbers * sizes.dtype.itemsize))
         self._programs = Programs(config, sizes.dtype, self.geometry)
-        self._leaves = [weights[name] for name in self._programs.leaf_names()]
+        self._weights = self._programs.weights(weights)
+        self._layers = [np.int32(layer) for layer in range(config.layers)]
         self._head = weights["embed" if config.tie_embeddings else "head"]
         self._executables: dict[Hashable, Any] = {}
         self._uploads = ThreadPoolExecutor(1, "upload")
@@ -141,22 +146,16 @@ class Runner:
                 job.result()
         self.compile_seconds = time.monotonic() - started
 
-    def _jobs(self) -> dict[Hashable, tuple[str, Callable, tuple[int, ...], tuple]]:
-        """Key → (name, function, donated arguments, abstract arguments) of every program."""
+    def _jobs(self) -> dict[Hashable, Job]:
+        """Every program by its key."""
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         c, dtype = self.config, self.sizes.dtype
         pages, slots, head = abstract((self.pages, self.slots, self._head))
-        leaves = abstract(self._leaves)
         acts = lambda n: jax.ShapeDtypeStruct((n, c.hidden), dtype)  # noqa: E731
-        jobs: dict[Hashable, tuple[str, Callable, tuple[int, ...], tuple]] = {}
+        jobs: dict[Hashable, Job] = {}
         for bucket in self.buckets:
-            packed = ints((size(int_fields(bucket, self.geometry)),))
-            arguments = (leaves, pages, slots.last_token, packed, self._abstract_work(bucket))
-            jobs[bucket] = (
-                f"step {bucket.tokens}x{bucket.rows}",
-                partial(self._programs.step, bucket), (1,), arguments,
-            )  # fmt: skip
+            jobs |= self._step_jobs(bucket, pages, slots.last_token)
         for n in {bucket.rows for bucket in self.buckets}:
             rows = (ints((size(sample_fields(n)),)), floats((6, n)))
             for full in (False, True):
@@ -173,6 +172,24 @@ class Runner:
         new = (ints(()), ints((self.sizes.max_model_len,)), ints(()), ints(()), *bias)
         jobs["admit"] = ("admit", sampling.admit, (0,), (slots, *new))
         return jobs
+
+    def _step_jobs(self, bucket: Bucket, pages: Any, last_token: Any) -> dict[Hashable, Job]:
+        """A step in one program, or in three where `launch.one_program` says it does not pay."""
+        p, name = self._programs, f"{bucket.tokens}x{bucket.rows}"
+        packed = jax.ShapeDtypeStruct((size(int_fields(bucket, self.geometry)),), jnp.int32)
+        weights, work = abstract(self._weights), self._abstract_work(bucket)
+        if one_program():
+            arguments = (weights, pages, last_token, packed, work)
+            return {bucket: (f"step {name}", partial(p.step, bucket), (1,), arguments)}
+        begin = partial(p.begin, bucket)
+        x, inputs = jax.eval_shape(begin, weights.embed, last_token, packed)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        layer = (weights.layers[0], x, pages, index, inputs, work)
+        return {
+            ("begin", bucket): (f"begin {name}", begin, (), (weights.embed, last_token, packed)),
+            ("layer", bucket): (f"layer {name}", partial(p.layer, bucket), (2,), layer),
+            ("finish", bucket): (f"finish {name}", p.finish, (), (weights.norm, x, inputs)),
+        }
 
     def _abstract_work(self, bucket: Bucket) -> Work:
         g, cut = self.geometry, work_shape(bucket.tokens, prefill=bucket.prefill)
@@ -194,14 +211,24 @@ class Runner:
         sampling_rows = pack_sampling(rows, bucket.rows, self.sizes.max_running)
         for sequence in plan.admitted:
             self._admit(sequence)
-        self.pages, h, x = self._executables[bucket](
-            self._leaves, self.pages, self.slots.last_token, packed, self._work(plan, bucket)
-        )
+        h, x = self._step(bucket, packed, self._work(plan, bucket))
         program = self._executables["sample", bucket.rows, plan.full]
         self.slots, sampled = program(h, self._head, self.slots, *sampling_rows)
         for array in sampled:
             array.copy_to_host_async()
         return Step(sampled, self._score(plan, x))
+
+    def _step(self, bucket: Bucket, packed: np.ndarray, work: Work) -> tuple[jax.Array, jax.Array]:
+        """Activations of each row's last token, and of all tokens; the pool is updated."""
+        weights, last_token, programs = self._weights, self.slots.last_token, self._executables
+        if bucket in programs:
+            self.pages, h, x = programs[bucket](weights, self.pages, last_token, packed, work)
+            return h, x
+        x, inputs = programs["begin", bucket](weights.embed, last_token, packed)
+        layer = programs["layer", bucket]
+        for index, leaves in zip(self._layers, weights.layers, strict=True):
+            x, self.pages = layer(leaves, x, self.pages, index, inputs, work)
+        return programs["finish", bucket](weights.norm, x, inputs)
 
     def _work(self, plan: Plan, bucket: Bucket) -> Work:
         """The LoRA work lists; kept until the rows or adapters of a step change."""

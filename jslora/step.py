@@ -1,12 +1,17 @@
 """The compiled programs: one step of the model, sampling, scoring, and writes into the pool.
 
-Pure functions of arrays, shared by every bucket. The step takes the weights as flat leaves (never
-an `nnx.State`, whose flattening costs milliseconds a call), the donated pool and the packed batch;
-it returns the pool and the activations of each row's last token, which the sampling program turns
-into tokens without a stop at the host.
+Pure functions of arrays, shared by every bucket. Weights come as flat leaves (never an `nnx.State`,
+whose flattening costs milliseconds a call), the pool is donated, and the activations of each row's
+last token go on to the sampling program without a stop at the host.
+
+A step is one program on an accelerator. On a CPU the same parts are separate programs, one for any
+layer, dispatched one behind the other: XLA:CPU compiles every layer of a whole step anew, at half a
+minute a bucket for 30 layers, while dispatching 30 programs costs about two milliseconds.
 """
 
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +21,17 @@ from jaxtyping import Array, Float, Int32
 from jslora import batch, sampling
 from jslora.batch import Bucket, Geometry
 from jslora.model.config import ModelConfig
-from jslora.model.transformer import StepInput, Transformer, rope_tables
+from jslora.model.transformer import Block, StepInput, rms_norm, rope_tables
 from pallas_kernels.lora import Work
 from pallas_kernels.paged_attention import Rows
 
-Leaves = list[jax.Array]
+
+class Weights(NamedTuple):
+    """The model's leaves; `layers` holds one list a layer, in the order of `Programs.leaf_names`."""
+
+    embed: Float[Array, "V H"]
+    layers: list[list[jax.Array]]
+    norm: Float[Array, " H"]
 
 
 @dataclass(frozen=True)
@@ -31,44 +42,84 @@ class Programs:
     dtype: jnp.dtype
     geometry: Geometry
 
+    @cached_property
     def leaf_names(self) -> list[str]:
-        """Names of the weights in the order the step takes them."""
-        return list(self._abstract(prefill=False)[1])
+        """Names of one layer's weights in the order the programs take them."""
+        return list(self._block(prefill=False)[1])
 
-    def _abstract(self, *, prefill: bool) -> tuple[nnx.GraphDef, dict[str, tuple]]:
-        """The model's structure, and the state path of each weight by its dotted name."""
-        model = nnx.eval_shape(lambda: Transformer(self.config, self.dtype, prefill=prefill))
-        graph, state = nnx.split(model)
-        paths = [path for path, _ in nnx.to_flat_state(state)]
-        return graph, {".".join(str(part) for part in path): path for path in paths}
+    def _block(self, *, prefill: bool) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+        """A block's structure, and the state path of each weight by its name."""
+        block = nnx.eval_shape(lambda: Block(self.config, self.dtype, prefill=prefill))
+        graph, state = nnx.split(block)
+        return graph, {str(path[0]): path for path, _ in nnx.to_flat_state(state)}
+
+    def weights(self, leaves: dict[str, jax.Array]) -> Weights:
+        """Arrange leaves by their dotted names."""
+        layers = [
+            [leaves[f"layers.{layer}.{name}"] for name in self.leaf_names]
+            for layer in range(self.config.layers)
+        ]
+        return Weights(leaves["embed"], layers, leaves["norm"])
 
     def step(
         self,
         bucket: Bucket,
-        leaves: Leaves,
+        weights: Weights,
         pages: Float[Array, "pages S 2 K D"],
         last_token: Int32[Array, " slots"],
         packed: Int32[Array, " ints"],
-        lora: Work,
+        work: Work,
     ) -> tuple[Float[Array, "pages S 2 K D"], Float[Array, "B H"], Float[Array, "T H"]]:
         """Run a bucket's tokens: (pool, last activations of each row, all activations)."""
-        graph, paths = self._abstract(prefill=bucket.prefill)
-        flat = [(path, nnx.Param(leaf)) for path, leaf in zip(paths.values(), leaves, strict=True)]
-        model = nnx.merge(graph, nnx.from_flat_state(flat))
+        x, inputs = self.begin(bucket, weights.embed, last_token, packed)
+        # Behind an inner jit the layer is traced once, not once a layer.
+        layer = jax.jit(partial(self.layer, bucket))
+        for index, leaves in enumerate(weights.layers):
+            x, pages = layer(leaves, x, pages, jnp.int32(index), inputs, work)
+        h, x = self.finish(weights.norm, x, inputs)
+        return pages, h, x
+
+    def begin(
+        self,
+        bucket: Bucket,
+        embed: Float[Array, "V H"],
+        last_token: Int32[Array, " slots"],
+        packed: Int32[Array, " ints"],
+    ) -> tuple[Float[Array, "T H"], StepInput]:
+        """Unpack a step; tokens the host has not read yet come from their slots."""
         at = batch.views(packed, batch.int_fields(bucket, self.geometry))
         fed = last_token.at[at["fed_slot"]].get(mode="clip")
         tokens = jnp.where(at["fed_slot"] < self.geometry.slots, fed, at["token"])
-        cos, sin = rope_tables(self.config, at["position"])
         rows = Rows(
             at["block_table"], at["context"], at["start"], at["length"],
             at["tile_row"], at["tile_start"], at["tile_length"], at["tiles"][0],
         )  # fmt: skip
-        inputs = StepInput(
-            cos, sin, at["write_page"], at["write_offset"], rows,
-            jnp.int32(self.geometry.pages), lora,
-        )  # fmt: skip
-        x, pages = model(tokens, pages, inputs)
-        return pages, x.at[at["last"]].get(mode="clip"), x
+        cos, sin = rope_tables(self.config, at["position"])
+        inputs = StepInput(cos, sin, at["write_page"], at["write_offset"], rows, at["last"])
+        return embed.at[tokens].get(mode="clip"), inputs
+
+    def layer(
+        self,
+        bucket: Bucket,
+        leaves: list[jax.Array],
+        x: Float[Array, "T H"],
+        pages: Float[Array, "pages S 2 K D"],
+        index: Int32[Array, ""],
+        inputs: StepInput,
+        work: Work,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
+        """One layer, whichever `index` says."""
+        graph, paths = self._block(prefill=bucket.prefill)
+        flat = [(path, nnx.Param(leaf)) for path, leaf in zip(paths.values(), leaves, strict=True)]
+        block = nnx.merge(graph, nnx.from_flat_state(flat))
+        return block(x, pages, index, inputs, work, self.geometry.pages)
+
+    def finish(
+        self, norm: Float[Array, " H"], x: Float[Array, "T H"], inputs: StepInput
+    ) -> tuple[Float[Array, "B H"], Float[Array, "T H"]]:
+        """The final norm: activations of each row's last token, and of all tokens."""
+        x = rms_norm(x, norm, self.config.norm_eps)
+        return x.at[inputs.last].get(mode="clip"), x
 
 
 def sample(
@@ -104,5 +155,3 @@ def write_pages(
 ) -> Float[Array, "pages S 2 K D"]:
     """Put whole pages into the pool; a row beyond it is dropped."""
     return pages.at[rows].set(data.reshape(rows.shape[0], *pages.shape[1:]), mode="drop")
-
-

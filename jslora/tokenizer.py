@@ -1,9 +1,10 @@
 """Text ↔ token ids for one model folder, and the bytes that each token stands for.
 
 Encoding is the `tokenizers` library's. Decoding joins the tokens' bytes and reads them as UTF-8,
-which gives what the library gives (for byte-level and sentencepiece decoders; others are refused)
-and can be done a token at a time. Safe to call from many threads: nothing changes after
-construction but caches. Host only: no jax.
+which can be done a token at a time and gives what the library gives for byte-level and
+sentencepiece decoders (but where byte tokens are not UTF-8, only the wrong bytes are replaced);
+other decoders are refused. Safe to call from many threads: nothing changes after construction but
+a cache. Host only: no jax.
 """
 
 import json

@@ -81,25 +81,30 @@ def add_lora(
     work: Work,
     layer: Int32[Array, ""],
     *,
-    module: int,
-    shape: Shape,
-    column: int,
+    modules: tuple[int, ...],
+    columns: tuple[int, ...],
     width: int,
+    shape: Shape,
 ) -> Float[Array, "T out_all"]:
-    """Add one module's deltas to columns [column, column + width) of the base output.
+    """Add the deltas of modules of one width, each to its own columns of the base output.
 
     Args:
-        y: base output in float32, for one module or several side by side.
-        x: the module's input.
+        y: base output in float32, of several modules side by side.
+        x: the modules' common input.
         pages: the pool, slack pages behind the last layer included.
         first_page: row of the pool that is this layer's page 0.
-        layer, module: whose list of `work` to walk.
+        layer, modules: whose lists of `work` to walk, one after the other in a single loop.
+        columns: where in y each module's `width` columns begin.
     """
-    T = x.shape[0]
+    T, n = x.shape[0], shape.blocks
     assert T % shape.tile == 0, f"{T} tokens are not whole tiles of {shape.tile}"
+    counts = work.count[layer, jnp.asarray(modules)]
+    ends = jnp.cumsum(counts)
 
     def item(i: Int32[Array, ""], y: Float[Array, "T out_all"]) -> Float[Array, "T out_all"]:
-        first, n = i * shape.blocks, shape.blocks
+        which = jnp.sum(i >= ends)
+        module, column = jnp.asarray(modules)[which], jnp.asarray(columns)[which]
+        first = (i - (ends - counts)[which]) * n
         fields = lax.dynamic_slice(work.blocks, (layer, module, first, 0), (1, 1, n, 7))
         scale = lax.dynamic_slice(work.scale, (layer, module, first), (1, 1, n)).reshape(n)
         block = Block(*fields.reshape(n, 7).T)
@@ -111,7 +116,7 @@ def add_lora(
         after = before + _delta(xs, a, b, block, scale)
         return lax.dynamic_update_slice(y, after, (tile, column))
 
-    return lax.fori_loop(0, work.count[layer, module], item, y)
+    return lax.fori_loop(0, ends[-1], item, y)
 
 
 def _delta(

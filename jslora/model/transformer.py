@@ -1,4 +1,4 @@
-"""The decoder-only transformer of Llama, Mistral, Qwen2 and Qwen3, on a flat token axis.
+"""The transformer block of Llama, Mistral, Qwen2 and Qwen3, on a flat token axis.
 
 One step's tokens of all rows lie side by side in T. The pool of pages runs through the layers and
 comes back updated; LoRA is an argument, never state. Activations are kept in the weights' dtype
@@ -32,8 +32,7 @@ class StepInput(NamedTuple):
     write_page: Int32[Array, " T"]  # in layer 0; a padding token's page lies beyond the pool
     write_offset: Int32[Array, " T"]
     rows: Rows
-    pages_per_layer: Int32[Array, ""]
-    lora: Work
+    last: Int32[Array, " B"]  # each row's last token
 
 
 class Block(nnx.Module):
@@ -61,11 +60,14 @@ class Block(nnx.Module):
         pages: Float[Array, "pages S 2 K D"],
         layer: Int32[Array, ""],
         step: StepInput,
+        work: Work,
+        pages_per_layer: int,
     ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
-        first_page = layer * step.pages_per_layer
+        """Activations after this layer, and the pool with its keys and values written."""
+        first_page = layer * pages_per_layer
         lora = partial(
-            apply_lora, config=self.config, shape=work_shape(x.shape[0], prefill=self.prefill), pages=pages, first_page=first_page, layer=layer,
-            work=step.lora,
+            apply_lora, config=self.config, pages=pages, first_page=first_page, layer=layer,
+            work=work, shape=work_shape(x.shape[0], prefill=self.prefill),
         )  # fmt: skip
         h = rms_norm(x, self.attn_norm[...], self.config.norm_eps)
         q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, group=0), step)
@@ -98,46 +100,6 @@ class Block(nnx.Module):
         dtype = self.qkv[...].dtype
         q, k = _rotate(q, step.cos, step.sin), _rotate(k, step.cos, step.sin)
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
-
-
-class Transformer(nnx.Module):
-    """Embedding, blocks and the final norm; the head is applied where rows are sampled."""
-
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, prefill: bool = True) -> None:
-        self.config = config
-        self.embed = nnx.Param(jnp.zeros((config.vocab_size, config.hidden), dtype))
-        self.layers = nnx.List(
-            [Block(config, dtype, prefill=prefill) for _ in range(config.layers)]
-        )
-        self.norm = nnx.Param(jnp.ones((config.hidden,), dtype))
-        if not config.tie_embeddings:
-            self.head = nnx.Param(jnp.zeros((config.vocab_size, config.hidden), dtype))
-
-    def __call__(
-        self,
-        tokens: Int32[Array, " T"],
-        pages: Float[Array, "pages S 2 K D"],
-        step: StepInput,
-    ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
-        """Run one step's tokens through all layers; returns normed activations and the pool."""
-        x = self.embed[...].at[tokens].get(mode="clip")
-        for layer, block in enumerate(self.layers):
-            graph, weights = nnx.split(block)
-            x, pages = _run_block(graph, weights, x, pages, jnp.int32(layer), step)
-        return rms_norm(x, self.norm[...], self.config.norm_eps), pages
-
-
-@partial(jax.jit, static_argnums=0)
-def _run_block(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    x: jax.Array,
-    pages: jax.Array,
-    layer: jax.Array,
-    step: StepInput,
-) -> tuple[jax.Array, jax.Array]:
-    """A block behind an inner jit: traced once, not once a layer."""
-    return nnx.merge(graph, weights)(x, pages, layer, step)
 
 
 def rms_norm(x: Float[Array, "*n H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*n H"]:

@@ -1,0 +1,359 @@
+"""The engine as the front end knows it: alive or not, what it serves, and who waits for what.
+
+Invariants:
+- a sequence is outstanding from `submit` until its last event, its cancellation or the engine's
+  death; at most `max_running + max_queued` are, and the prompts of those that have had no event
+  hold at most `max_queued_tokens` tokens;
+- when the engine dies, every open channel and every pending command fails at once, and adapters
+  loaded or unloaded at run time are put back before the next engine counts as ready;
+- a start that never succeeded is not repeated: what stopped it will stop it again.
+"""
+
+import asyncio
+import contextlib
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from jslora import wire
+from jslora.config import EngineConfig
+from jslora.errors import (
+    BY_TYPE,
+    EngineFailed,
+    InvalidRequest,
+    JsloraError,
+    Overloaded,
+    Unavailable,
+)
+from jslora.request import AdapterInfo, EngineInfo, ErrorInfo, Request, Stats, TokenEvent
+from jslora.server.channel import Channel
+from jslora.server.process import EngineProcess
+
+log = logging.getLogger("jslora.server")
+
+HANG_SECONDS = 120.0  # a live engine sends a Pulse every second
+STOP_SECONDS = 10.0
+QUICK_SECONDS = 60.0  # an engine that dies sooner after it was ready counts as a failed start
+MAX_QUICK_DEATHS = 3
+
+State = Literal["starting", "ready", "restarting", "stopped"]
+
+
+class EngineStopped(Exception):
+    """The engine cannot be kept running.
+
+    Attributes:
+        code: its exit code.
+        error: what it said before it exited, if anything.
+    """
+
+    def __init__(self, message: str, code: int, error: JsloraError | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.error = error
+
+
+class EngineGone(JsloraError):
+    """The engine is stopped for good; asking this server again cannot help."""
+
+    status = 503
+    type = "unavailable_error"
+
+
+class EngineClient:
+    """Keeps an engine process alive (`run`) and speaks with it.
+
+    Args:
+        command: how to start the engine; `--socket ADDRESS` is appended.
+        progress: called as (stage, done, total, note) while it starts.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path | None,
+        command: Sequence[str],
+        progress: Callable[[str, int, int, str], None],
+    ) -> None:
+        self.state: State = "starting"
+        self.info: EngineInfo | None = None
+        self.adapters: dict[str, AdapterInfo] = {}
+        self.stats = Stats()
+        self.restarts = 0
+        self.was_ready = asyncio.Event()
+        self._config = config
+        self._folder = folder
+        self._command = command
+        self._progress = progress
+        self._process: EngineProcess | None = None
+        self._failed: JsloraError | None = None
+        self._heard = 0.0
+        self._channels: dict[str, Channel] = {}
+        self._unanswered: dict[str, int] = {}  # prompt tokens of sequences without an event
+        self._replies: dict[int, asyncio.Future[wire.Reply]] = {}
+        self._seq = 0
+        self._journal: dict[str, wire.LoadAdapter | wire.UnloadAdapter] = {}
+
+    # Requests -------------------------------------------------------------------------------------
+
+    @property
+    def outstanding(self) -> int:
+        """Sequences that run or wait."""
+        return len(self._channels)
+
+    def submit(self, requests: Sequence[Request]) -> Channel:
+        """Hand sequences to the engine; all of them are admitted, or none.
+
+        Raises:
+            Unavailable, EngineGone: there is no ready engine.
+            Overloaded: the queue is full; the same requests may be admitted later.
+            InvalidRequest: the queue could never hold them.
+        """
+        process = self._connected()
+        self._admit([len(request.prompt) for request in requests])
+        channel = Channel((request.id for request in requests), self._abort)
+        for request in requests:
+            self._channels[request.id] = channel
+            self._unanswered[request.id] = len(request.prompt)
+        try:
+            for request in requests:
+                process.send(wire.Submit(request))
+        except Unavailable:
+            channel.close()
+            raise
+        return channel
+
+    def fail_all(self, error: JsloraError) -> None:
+        """Let every outstanding sequence end with `error`; their channels' owners cancel them."""
+        self._unanswered.clear()
+        channels, self._channels = self._channels, {}
+        for channel in set(channels.values()):
+            channel.fail(copy.copy(error))
+
+    def _admit(self, lengths: list[int]) -> None:
+        limits = self._config.scheduler
+        capacity = limits.max_running + limits.max_queued
+        if len(lengths) > capacity or sum(lengths) > limits.max_queued_tokens:
+            raise InvalidRequest(
+                f"{len(lengths)} sequences with {sum(lengths)} prompt tokens in one request; this "
+                f"server queues at most {capacity} sequences and {limits.max_queued_tokens} tokens"
+            )
+        if self.outstanding + len(lengths) > capacity:
+            raise Overloaded(f"the queue is full: {self.outstanding} sequences run or wait")
+        waiting = sum(self._unanswered.values())
+        if waiting + sum(lengths) > limits.max_queued_tokens:
+            raise Overloaded(f"the queue is full: {waiting} prompt tokens wait")
+
+    def _abort(self, ids: list[str]) -> None:
+        for id in ids:
+            self._channels.pop(id, None)
+            self._unanswered.pop(id, None)
+        with contextlib.suppress(Unavailable, EngineGone):  # a dead engine runs nothing
+            self._connected().send(wire.Abort(ids))
+
+    def engine(self) -> EngineInfo:
+        """What the engine said of itself.
+
+        Raises:
+            Unavailable, EngineGone: it is not ready (any more).
+        """
+        if self.state == "stopped":
+            raise EngineGone("the engine is stopped")
+        if self.state != "ready" or self.info is None:
+            raise Unavailable(f"the engine is {self.state}")
+        return self.info
+
+    def _connected(self) -> EngineProcess:
+        self.engine()
+        assert self._process is not None, "a ready engine without a process"
+        return self._process
+
+    # Adapters -------------------------------------------------------------------------------------
+
+    async def load_adapter(self, name: str, path: str | None, replace: bool) -> None:
+        """Register an adapter; `path` None means the folder of that name below a root.
+
+        Raises:
+            JsloraError: what the engine answered, or that it died meanwhile.
+        """
+        self._connected()
+        await self._change(wire.LoadAdapter(0, name, path, replace))
+        # After a restart the name may be there again from the configuration.
+        self._journal[name] = wire.LoadAdapter(0, name, path, True)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Drain and forget an adapter.
+
+        Raises:
+            JsloraError: as `load_adapter`.
+        """
+        self._connected()
+        command = wire.UnloadAdapter(0, name)
+        await self._change(command)
+        self._journal[name] = command
+
+    async def _change(self, command: wire.LoadAdapter | wire.UnloadAdapter) -> None:
+        """Have a command obeyed, and the view of the adapters follow."""
+        assert self._process is not None, "a command without an engine"
+        self._seq += 1
+        seq = self._seq
+        reply = self._replies[seq] = asyncio.get_running_loop().create_future()
+        try:
+            self._process.send(msgspec.structs.replace(command, seq=seq))
+            answer = await reply
+        finally:
+            self._replies.pop(seq, None)
+        if answer.error is not None:
+            raise exception(answer.error)
+        if isinstance(command, wire.UnloadAdapter):
+            self.adapters.pop(command.name, None)
+        else:
+            assert answer.adapter is not None, f"no adapter in the answer to {command}"
+            self.adapters[command.name] = answer.adapter
+
+    async def _replay(self) -> None:
+        """Put a restarted engine's adapters back to what they were."""
+        for name, command in list(self._journal.items()):
+            if isinstance(command, wire.UnloadAdapter) and name not in self.adapters:
+                continue  # it was not there from the configuration either
+            try:
+                await self._change(command)
+            except JsloraError as error:
+                log.error("adapter %s is not as it was before the restart: %s", name, error)
+
+    # What the engine says -------------------------------------------------------------------------
+
+    def _on_news(self, news: wire.News) -> None:
+        self._heard = asyncio.get_running_loop().time()
+        match news:
+            case wire.Events(events):
+                self._on_events(events)
+            case wire.Pulse(stats, adapters):
+                self.stats = stats
+                if adapters is not None:
+                    self.adapters = {info.name: info for info in adapters}
+            case wire.Reply(seq):
+                if (reply := self._replies.get(seq)) is not None and not reply.done():
+                    reply.set_result(news)
+            case wire.Progress(stage, done, total, note):
+                self._progress(stage, done, total, note)
+            case wire.Ready(info):
+                self.info = info
+                self.adapters = {adapter.name: adapter for adapter in info.adapters}
+                self._started.set()
+            case wire.Failed(error):
+                self._failed = exception(error)
+
+    def _on_events(self, events: list[TokenEvent]) -> None:
+        channels, unanswered = self._channels, self._unanswered
+        for event in events:
+            channel = channels.get(event.id)
+            if channel is None:  # cancelled while the event was on its way
+                continue
+            unanswered.pop(event.id, None)
+            if event.last:
+                del channels[event.id]
+            channel.push(event)
+
+    # Life and death -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start the engine, and again whenever it dies; cancel this to end it in good order.
+
+        Raises:
+            EngineStopped: it failed to start, died too often, or must not be restarted.
+        """
+        quick = 0
+        try:
+            while True:
+                lived = await self._live()
+                quick = 0 if lived > QUICK_SECONDS else quick + 1
+                if not self._config.server.restart_engine or quick > MAX_QUICK_DEATHS:
+                    raise EngineStopped("the engine died and is not started again", 0)
+                await asyncio.sleep(min(0.1 * 2**quick, 10.0))
+                self.restarts += 1
+        finally:
+            self.state = "stopped"
+            self._fail_everything(Unavailable("the server is shutting down"))
+
+    async def _live(self) -> float:
+        """One life of the engine; returns the seconds it was ready."""
+        loop = asyncio.get_running_loop()
+        self._failed, self._started, self._heard = None, asyncio.Event(), loop.time()
+        process = await EngineProcess.spawn(
+            self._command, self._config, self._folder, self._on_news
+        )
+        self._process = process
+        death = asyncio.create_task(process.wait())
+        ready = asyncio.create_task(self._become_ready())
+        try:
+            await asyncio.wait({death, ready}, return_when=asyncio.FIRST_COMPLETED)
+            since = loop.time()
+            if ready.done():
+                ready.result()
+            await self._watch(process, death)
+            lived = loop.time() - since if ready.done() else 0.0
+            ready.cancel()
+            self._on_death(death.result())
+            return lived
+        finally:
+            if ready.done():
+                await _finish(process, death)
+            ready.cancel()
+            process.hang_up()
+            await asyncio.wait({death}, timeout=STOP_SECONDS)
+            process.kill()
+            await death
+            process.close()
+            self._process = None
+
+    async def _become_ready(self) -> None:
+        await self._started.wait()
+        await self._replay()
+        self.state = "ready"
+        self.was_ready.set()
+
+    async def _watch(self, process: EngineProcess, death: asyncio.Task[int]) -> None:
+        """Wait for the death of the engine; one that is ready and silent is killed."""
+        while not death.done():
+            await asyncio.wait({death}, timeout=1.0)
+            silence = asyncio.get_running_loop().time() - self._heard
+            if self.state == "ready" and silence > HANG_SECONDS:
+                log.error("the engine has been silent for %.0f s and is killed", silence)
+                process.kill()
+                await death
+
+    def _on_death(self, code: int) -> None:
+        """Fail whatever waits for the engine.
+
+        Raises:
+            EngineStopped: it never was ready.
+        """
+        self.state = "restarting"
+        self._fail_everything(EngineFailed("the engine process died while it served this request"))
+        reason = self._failed.message if self._failed else f"it exited with code {code}"
+        if not self.was_ready.is_set():
+            raise EngineStopped(f"the engine did not start: {reason}", code, self._failed)
+        log.error("the engine process died: %s", reason)
+
+    def _fail_everything(self, error: JsloraError) -> None:
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(copy.copy(error))
+        self.fail_all(error)
+
+
+async def _finish(process: EngineProcess, death: asyncio.Task[int]) -> None:
+    """Ask an engine to finish and exit; one that is still starting would not listen."""
+    with contextlib.suppress(Unavailable):
+        process.send(wire.Drain())
+        await asyncio.wait({death}, timeout=STOP_SECONDS)
+
+
+def exception(info: ErrorInfo) -> JsloraError:
+    """The error that an engine sent as data."""
+    return BY_TYPE.get(info.type, JsloraError)(info.message, param=info.param)

@@ -1,0 +1,201 @@
+"""Prometheus metrics: what the front end measures itself, and the engine's last Pulse.
+
+Names follow vLLM's with the prefix `jslora:`, so that its dashboards and routers are easily
+adapted. Nothing is labelled by adapter but the one series of `lora_requests_info`, whose value is
+the time of the update: thousands of adapters make no thousands of series. The engine's counters
+start again at zero when it is restarted, which Prometheus' `rate` allows for.
+"""
+
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from jslora.config import EngineConfig
+from jslora.request import Stats
+from jslora.server.client import EngineClient
+
+MAX_LISTED = 64
+_FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
+          40, 80, 160)  # fmt: skip
+_BETWEEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
+            0.75, 1, 2.5, 5)  # fmt: skip
+_WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+# Exported name (of the form of vLLM's where it has one), field of Stats, help.
+_GAUGES = (
+    ("num_requests_running", "running", "Sequences in the running batch."),
+    ("num_requests_waiting", "waiting", "Sequences that wait to run."),
+    ("pages_total", "pages_total", "Pages of the pool."),
+    ("pages_free", "pages_free", "Pages that hold nothing."),
+    ("pages_kv", "pages_kv", "Pages that hold KV cache."),
+    ("lora_pages", "pages_adapters", "Pages that hold adapter weights."),
+)
+_COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens processed."),
+    ("generation_tokens", "generated_tokens", "Tokens generated."),
+    ("num_preemptions", "preemptions", "Sequences preempted for lack of pages."),
+    ("corrupted_requests", "corrupt_requests", "Sequences ended because logits were not finite."),
+    ("steps", "steps", "Steps of the engine."),
+    ("step_seconds", "step_seconds", "Seconds spent in steps."),
+    ("recoveries", "recoveries", "Times the pool was lost and made anew."),
+    ("page_ledger_errors", "ledger_errors", "Failed checks of the page ledger; must stay 0."),
+    ("compilations", "compilations", "Programs compiled; must not grow after start-up."),
+    ("compile_seconds", "compile_seconds", "Seconds spent compiling."),
+    ("lora_loads", "adapter_loads", "Adapters brought to the device."),
+    ("lora_evictions", "adapter_evictions", "Adapters evicted from the device."),
+    ("lora_load_failures", "adapter_failures", "Adapters that failed to load."),
+)
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own."""
+
+    def __init__(self, client: EngineClient, config: EngineConfig) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(EngineMetrics(client, config))
+        model = config.model.served_name
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"jslora:{name}", text, ["model_name"], buckets=buckets, registry=self._registry
+            ).labels(model)
+
+        def counter(name: str, text: str, label: str) -> Counter:
+            return Counter(f"jslora:{name}", text, ["model_name", label], registry=self._registry)
+
+        self.first_token = histogram("time_to_first_token_seconds", "To the first token.", _FIRST)
+        self.between_tokens = histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", _BETWEEN
+        )
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean of a sequence's later tokens.", _BETWEEN
+        )
+        self.whole = histogram("e2e_request_latency_seconds", "To the last token.", _WHOLE)
+        self.prompt_tokens = histogram("request_prompt_tokens", "Prompt lengths.", _TOKENS)
+        self.generated = histogram("request_generation_tokens", "Output lengths.", _TOKENS)
+        self._model = model
+        self._finished = counter("request_success", "Sequences that ended.", "finished_reason")
+        self._rejected = counter("admission_rejections", "Requests not admitted.", "reason")
+
+    def finished(self, reason: str) -> None:
+        """Count an ended sequence: stop, length, abort (by the client) or error."""
+        self._finished.labels(self._model, reason).inc()
+
+    def rejected(self, reason: str) -> None:
+        """Count a request that was not admitted."""
+        self._rejected.labels(self._model, reason).inc()
+
+    def render(self) -> bytes:
+        """The text a scrape gets."""
+        return generate_latest(self._registry)
+
+
+class SequenceTimer:
+    """The times of one sequence, from `began` (of `time.perf_counter`) to `stop`.
+
+    Attributes:
+        reason: why it ended; None while it runs.
+        seconds: from start to end.
+    """
+
+    def __init__(self, metrics: Metrics, prompt_tokens: int, began: float) -> None:
+        self.reason: str | None = None
+        self.seconds = 0.0
+        self._metrics = metrics
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
+        self._started = self._last = began
+        self._first = 0.0
+
+    def tokens(self, total: int) -> None:
+        """Note that `total` tokens have been generated by now."""
+        new = total - self._tokens
+        if new <= 0:
+            return
+        now = time.perf_counter()
+        if self._tokens == 0:
+            self._first = now
+            self._metrics.first_token.observe(now - self._started)
+        else:
+            self._metrics.between_tokens.observe((now - self._last) / new)
+        self._tokens, self._last = total, now
+
+    def stop(self, reason: str) -> None:
+        """Note the end; only the first call counts."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self.seconds = time.perf_counter() - self._started
+        metrics = self._metrics
+        metrics.finished(reason)
+        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.generated.observe(self._tokens)
+        metrics.whole.observe(self.seconds)
+        if self._tokens > 1:
+            metrics.per_token.observe((self._last - self._first) / (self._tokens - 1))
+
+
+class EngineMetrics(Collector):
+    """The engine's state at the time of a scrape."""
+
+    def __init__(self, client: EngineClient, config: EngineConfig) -> None:
+        self._client = client
+        self._config = config
+
+    def collect(self) -> Iterator[Metric]:
+        client, stats = self._client, self._client.stats
+        for name, field, text in _GAUGES:
+            yield self._gauge(name, text, getattr(stats, field))
+        for name, field, text in _COUNTERS:
+            yield self._counter(name, text, getattr(stats, field))
+        yield self._counter("engine_restarts", "Times the engine was restarted.", client.restarts)
+        yield self._gauge("engine_up", "1 while the engine serves.", client.state == "ready")
+        used = 1 - stats.pages_free / stats.pages_total if stats.pages_total else 0.0
+        yield self._gauge("kv_cache_usage_perc", "Share of the pool in use, 0 to 1.", used)
+        yield self._info()
+        yield self._states()
+        yield self._adapters(stats)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"jslora:{name}", text, labels=["model_name"])
+        family.add_metric([self._config.model.served_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"jslora:{name}", text, labels=["model_name"])
+        family.add_metric([self._config.model.served_name], value)
+        return family
+
+    def _info(self) -> Metric:
+        labels = ["model_name", "page_size", "num_pages"]
+        family = GaugeMetricFamily("jslora:cache_config_info", "The pool's shape.", labels=labels)
+        if (info := self._client.info) is not None:
+            name = self._config.model.served_name
+            family.add_metric([name, str(info.page_size), str(info.pages)], 1)
+        return family
+
+    def _states(self) -> Metric:
+        family = GaugeMetricFamily(
+            "jslora:lora_adapters", "Registered adapters by state.", labels=["model_name", "state"]
+        )
+        tally = Tally(info.state for info in self._client.adapters.values())
+        for state, count in sorted(tally.items()):
+            family.add_metric([self._config.model.served_name, state], count)
+        return family
+
+    def _adapters(self, stats: Stats) -> Metric:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        family = GaugeMetricFamily(
+            "jslora:lora_requests_info", "Adapters in use; the value is the time.", labels=labels
+        )
+        limit = str(self._config.scheduler.max_running)
+        running = ",".join(stats.running_adapters[:MAX_LISTED])
+        waiting = ",".join(stats.waiting_adapters[:MAX_LISTED])
+        family.add_metric([limit, running, waiting], time.time())
+        return family
