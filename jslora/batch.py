@@ -12,7 +12,7 @@ padding rows sample into a slot beyond the last, padding reads go to page 0.
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -95,6 +95,9 @@ def sample_fields(rows: int) -> dict[str, tuple[int, ...]]:
     return {"seed": (rows, 2)} | {name: (rows,) for name in names}
 
 
+SAMPLERS = ("greedy", "draw", "filter")
+"""The sampling programs, each able to do what those before it can."""
+
 SAMPLE_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 
 
@@ -103,7 +106,7 @@ def size(fields: dict[str, tuple[int, ...]]) -> int:
     return sum(int(np.prod(shape)) for shape in fields.values())
 
 
-def views(packed: np.ndarray, fields: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def views(packed: Any, fields: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Writable views of a packed numpy array (or slices of a traced one), by name."""
     found, at = {}, 0
     for name, shape in fields.items():
@@ -208,7 +211,9 @@ def pack_step(rows: Seq[RowPlan], bucket: Bucket, geometry: Geometry) -> np.ndar
                 tiles += 1
         t += n
     at["tiles"][0] = tiles
-    assert t <= bucket.tokens and len(rows) <= bucket.rows, f"{t} tokens, {len(rows)} rows: {bucket}"
+    assert t <= bucket.tokens and len(rows) <= bucket.rows, (
+        f"{t} tokens, {len(rows)} rows: {bucket}"
+    )
     return packed
 
 
@@ -223,7 +228,7 @@ def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarra
     which = [b for b, row in enumerate(rows) if row.samples]
     drawn = [rows[b] for b in which]
     if drawn:
-        at["seed"][which] = np.array([row.seed for row in drawn], np.uint64).view(np.int32).reshape(-1, 2)
+        at["seed"][which] = _words([row.seed for row in drawn])
         at["slot"][which] = [row.slot for row in drawn]
         at["position"][which] = [row.position + row.length for row in drawn]
         at["top_k"][which] = [row.top_k for row in drawn]
@@ -233,13 +238,17 @@ def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarra
     return ints, floats
 
 
-@dataclass(frozen=True, slots=True)
-class LoraArrays:
+def _words(seeds: list[int]) -> np.ndarray:
+    """Each 64-bit seed as two 32-bit words."""
+    return np.array(seeds, np.uint64).view(np.int32).reshape(-1, 2)
+
+
+class LoraArrays(NamedTuple):
     """The work lists of one composition of rows and adapters (see `pallas_kernels.lora.Work`)."""
 
     blocks: np.ndarray  # int32 [L, 7, I * blocks, 7]
     scale: np.ndarray  # float32 [L, 7, I * blocks]
-    count: np.ndarray  # int32 [L, 7]
+    items: np.ndarray  # int32 [L, 7]
     split: np.ndarray  # int32 []
     page_list: np.ndarray  # int32 [P]
 
@@ -277,21 +286,23 @@ def pack_lora(
     blocks = np.zeros((L, M, capacity, 7), np.int32)
     scale = np.zeros((L, M, capacity), np.float32)
     count = np.zeros((L, M), np.int32)
-    page_list, listed = np.zeros(geometry.pages, np.int32), {}
+    page_list = np.zeros(geometry.pages, np.int32)
+    listed: dict[str, int] = {}  # digest → where its pages begin in the list
+    filled = 0
     split = not all(part.placement.is_run for part in parts)
     for part in parts:
+        pages = part.placement.pages
         if part.placement.digest not in listed:
-            at = sum(len(p) for p in listed.values())
-            page_list[at : at + len(part.placement.pages)] = part.placement.pages
-            listed[part.placement.digest] = part.placement.pages
-    starts = dict(zip(listed, np.cumsum([0, *map(len, listed.values())]), strict=False))
+            page_list[filled : filled + len(pages)] = pages
+            listed[part.placement.digest] = filled
+            filled += len(pages)
     for tile in range(0, bucket.tokens, cut.tile):
         inside = [part for part in parts if part.start < tile + cut.tile and part.end > tile]
         if inside:
-            found = [_blocks(part, tile, int(starts[part.placement.digest]), split, geometry)
+            found = [_blocks(part, tile, listed[part.placement.digest], split, geometry)
                      for part in inside]  # fmt: skip
             _append_tile(blocks, scale, count, found, cut.blocks)
-    return LoraArrays(blocks, scale, count, np.int32(split), page_list)
+    return LoraArrays(blocks, scale, count, np.asarray(split, np.int32), page_list)
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""The whole configuration: one YAML file, `--set a.b=c` overrides, validated before anything starts.
+"""The whole configuration: a YAML file and `--set a.b=c`, validated before anything starts.
 
 Every key has a default but `model.source`. An unknown key is an error that names the nearest valid
 one; `${NAME}` is replaced from the environment for secrets only (under `auth`). Host only: no jax.

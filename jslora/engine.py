@@ -19,7 +19,12 @@ from jslora.config import EngineConfig, load, parse
 from jslora.errors import BY_TYPE, InvalidRequest, JsloraError
 from jslora.progress import Progress, silent
 from jslora.request import (
-    AdapterInfo, Request, SamplingParams, Stats, TokenEvent, TokenLogprob,
+    AdapterInfo,
+    Request,
+    SamplingParams,
+    Stats,
+    TokenEvent,
+    TokenLogprob,
 )  # fmt: skip
 from jslora.text import TextAssembler
 from jslora.tokenizer import Tokenizer
@@ -120,7 +125,7 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[Chunk]:
-        """Answer one prompt piece by piece; closing the iterator aborts it. Raises as `generate`."""
+        """Answer one prompt piece by piece; closing the iterator aborts it."""
         job = self._job(prompt, params, adapter)
         self._submit(job, job.events.put)
         try:
@@ -156,7 +161,11 @@ class Engine:
 
     async def _chunks(self, job: "_Job") -> AsyncIterator[Chunk]:
         loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
-        self._submit(job, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+
+        def put(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._submit(job, put)
         try:
             while not job.done:
                 yield job.take(await events.get())
@@ -197,7 +206,9 @@ class Engine:
 
     # Adapters and the rest -----------------------------------------------------------------------
 
-    def load_adapter(self, name: str, path: str | None = None, *, replace: bool = False) -> AdapterInfo:
+    def load_adapter(
+        self, name: str, path: str | None = None, *, replace: bool = False
+    ) -> AdapterInfo:
         """Read an adapter below `adapters.roots` and register it; see `AdapterStore.load`.
 
         Raises:
@@ -259,7 +270,8 @@ class _Job:
             error = BY_TYPE.get(event.error.type, JsloraError)
             raise error(event.error.message, param=event.error.param)
         text, tokens, logprobs = "", event.tokens, event.logprobs
-        reason, stop = event.finish_reason, event.stop_token
+        reason = event.finish_reason
+        stop: str | int | None = event.stop_token
         if self._text is not None:
             delta = self._text.push(event)
             text, tokens, logprobs = delta.text, delta.tokens, delta.logprobs

@@ -22,8 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jslora import sampling
-from jslora.batch import Bucket, Geometry, pack_lora, pack_sampling, pack_step, segments, Segment
-from jslora.batch import int_fields, sample_fields, size
+from jslora.batch import (
+    SAMPLERS,
+    Bucket,
+    Geometry,
+    Segment,
+    int_fields,
+    pack_lora,
+    pack_sampling,
+    pack_step,
+    sample_fields,
+    segments,
+    size,
+)
 from jslora.buckets import choose, make_buckets
 from jslora.model.config import MODULES, ModelConfig
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, TokenLogprob
@@ -116,8 +127,8 @@ class Runner:
 
     def reset(self) -> None:
         """Make the pool and the slots anew; everything they held is gone."""
-        pool = (self._pool_rows, self.sizes.page_size, 2, self.config.kv_heads, self.config.head_dim)
-        self.pages = jnp.zeros(pool, self.sizes.dtype)
+        page = (self.sizes.page_size, 2, self.config.kv_heads, self.config.head_dim)
+        self.pages = jnp.zeros((self._pool_rows, *page), self.sizes.dtype)
         self.slots = sampling.new_slots(self.sizes.max_running, self.config.vocab_size)
 
     # Compiling -----------------------------------------------------------------------------------
@@ -158,10 +169,10 @@ class Runner:
             jobs |= self._step_jobs(bucket, pages, slots.last_token)
         for n in {bucket.rows for bucket in self.buckets}:
             rows = (ints((size(sample_fields(n)),)), floats((6, n)))
-            for full in (False, True):
-                name = f"sample {n} {'full' if full else 'greedy'}"
-                jobs["sample", n, full] = (
-                    name, partial(sample, full), (2,), (acts(n), head, slots, *rows),
+            for sampler in SAMPLERS:
+                arguments = (acts(n), head, slots, *rows)
+                jobs["sample", n, sampler] = (
+                    f"sample {n} {sampler}", partial(sample, sampler), (2,), arguments,
                 )  # fmt: skip
         for n in {bucket.tokens for bucket in self.buckets}:
             positions = (ints((SCORE_ROWS,)), ints((SCORE_ROWS,)))
@@ -195,11 +206,9 @@ class Runner:
         g, cut = self.geometry, work_shape(bucket.tokens, prefill=bucket.prefill)
         n = g.items(bucket, cut) * cut.blocks
         ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        return Work(
-            ints((g.layers, len(MODULES), n, 7)),
-            jax.ShapeDtypeStruct((g.layers, len(MODULES), n), jnp.float32),
-            ints((g.layers, len(MODULES))), ints(()), ints((g.pages,)),
-        )  # fmt: skip
+        lists = (g.layers, len(MODULES), n)
+        blocks: list[Any] = [ints((*lists, 7)), jax.ShapeDtypeStruct(lists, jnp.float32)]
+        return Work(*blocks, *map(ints, (lists[:2], (), (g.pages,))))
 
     # Steps ---------------------------------------------------------------------------------------
 
@@ -212,7 +221,7 @@ class Runner:
         for sequence in plan.admitted:
             self._admit(sequence)
         h, x = self._step(bucket, packed, self._work(plan, bucket))
-        program = self._executables["sample", bucket.rows, plan.full]
+        program = self._executables["sample", bucket.rows, plan.sampler]
         self.slots, sampled = program(h, self._head, self.slots, *sampling_rows)
         for array in sampled:
             array.copy_to_host_async()
@@ -236,13 +245,13 @@ class Runner:
         key = (bucket, tuple((id(part.placement), part.start, part.end) for part in parts))
         if self._lora is None or self._lora[0] != key:
             cut = work_shape(bucket.tokens, prefill=bucket.prefill)
-            arrays = pack_lora(parts, bucket, self.geometry, cut)
-            work = Work(arrays.blocks, arrays.scale, arrays.count, arrays.split, arrays.page_list)
-            self._lora = (key, jax.device_put(work), parts)  # the parts keep the key's ids alive
+            work = Work(*jax.device_put(tuple(pack_lora(parts, bucket, self.geometry, cut))))
+            self._lora = (key, work, parts)  # the parts keep the key's ids alive
         return self._lora[1]
 
     def _admit(self, sequence: Sequence) -> None:
         params, vocab = sequence.request.params, self.config.vocab_size
+        assert sequence.slot is not None, f"request {sequence.request.id} has no slot"
         tokens = np.zeros(self.sizes.max_model_len, np.int32)
         tokens[: len(sequence.tokens)] = sequence.tokens
         ids = np.full(MAX_LOGIT_BIAS, vocab, np.int32)
@@ -262,9 +271,7 @@ class Runner:
         """Logprobs of prompt tokens: [((row, position) of each), sampled], SCORE_ROWS at a time."""
         starts = np.cumsum([0, *(row.length for row in plan.rows)])
         wanted = [
-            (b, position)
-            for b, first, last in plan.scores
-            for position in range(first, last + 1)
+            (b, position) for b, first, last in plan.scores for position in range(first, last + 1)
         ]
         found = []
         for at in range(0, len(wanted), SCORE_ROWS):

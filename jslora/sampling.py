@@ -1,14 +1,16 @@
 """From the last activations of each row to its next token, on the device.
 
-Two programs: greedy, and full (penalties, bias, filters, draws, logprobs). Neither sorts the
-vocabulary: filters find a threshold by bisection, and a draw inverts the cumulative distribution at
-one uniform number per (seed, position), so equal logits give equal draws in any batch.
+Three programs: greedy; draw (penalties, bias, draws, logprobs); and filter (the same after top-k,
+top-p and min-p). None sorts the vocabulary: filters find a threshold by bisection, and a draw
+inverts the cumulative distribution at one uniform number per (seed, position). So equal logits give
+equal draws in any batch, and a row that asks for less gets the same from a program that does more.
 
 Per-slot state lives on the device between steps: the last token, which the next step reads back
 without the host, and the token counts that penalties need. Padding rows use a slot past the end:
 their reads are clamped and their writes dropped.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -113,22 +115,31 @@ def sample_greedy(
     """The likeliest token of each row; a row with a logit that is not a number is flagged."""
     logits = head(h, weight)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    finite = _finite(logits, token)
+    finite = _finite(logits)
     last = slots.last_token.at[rows.slot].set(token, mode="drop")
     ints = jnp.stack([token, finite.astype(jnp.int32)], axis=1)
     return slots._replace(last_token=last), Sampled(ints, jnp.zeros((h.shape[0], 0), jnp.float32))
 
 
-def sample_full(
-    h: Float[Array, "B H"], weight: Float[Array, "V H"], slots: Slots, rows: SampleRows
+def sample_drawn(
+    h: Float[Array, "B H"],
+    weight: Float[Array, "V H"],
+    slots: Slots,
+    rows: SampleRows,
+    *,
+    filters: bool,
 ) -> tuple[Slots, Sampled]:
-    """Every sampling setting, with logprobs of the model's own distribution (before any setting)."""
+    """Draws, and logprobs of the model's own distribution (before any setting)."""
     raw = head(h, weight)
     logits = _adjust(raw, slots, rows)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = jnp.where(rows.temperature == 0, greedy, _draw(logits, rows))
+    p = _weights(logits, rows)
+    p = _filter(p, rows) if filters else p
+    drawn = _inverse_cdf(p, _uniform(rows.seed, rows.position))
+    token = jnp.where(rows.temperature == 0, greedy, drawn)
     ints, floats = logprobs(raw, token)
-    ints = jnp.concatenate([ints[:, :1], _finite(raw, token).astype(jnp.int32)[:, None], ints[:, 1:]], 1)
+    finite = _finite(raw).astype(jnp.int32)[:, None]
+    ints = jnp.concatenate([ints[:, :1], finite, ints[:, 1:]], axis=1)
     slots = slots._replace(
         last_token=slots.last_token.at[rows.slot].set(token, mode="drop"),
         counts=slots.counts.at[rows.slot, token].add(1, mode="drop"),
@@ -150,15 +161,18 @@ def logprobs(
     return ints, jnp.concatenate([own - total, values - total], axis=1)
 
 
-def _finite(logits: Float[Array, "B V"], token: Int32[Array, " B"]) -> Bool[Array, " B"]:
-    """argmax lands on a NaN or an infinity wherever there is one, so the maximum tells."""
+def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """The maximum is a NaN or an infinity wherever there is one among the logits."""
     return jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def _adjust(logits: Float[Array, "B V"], slots: Slots, rows: SampleRows) -> Float[Array, "B V"]:
     """Penalties as OpenAI and Hugging Face define them, then bias, then the minimum length."""
     B, V = logits.shape
-    at = lambda table: table.at[rows.slot].get(mode="clip")  # noqa: E731
+
+    def at(table: jax.Array) -> jax.Array:
+        return table.at[rows.slot].get(mode="clip")
+
     stateful = rows.stateful[:, None] == 1
     counts = jnp.where(stateful, at(slots.counts), 0)
     seen, generated = counts > 0, (counts & (IN_PROMPT - 1)).astype(jnp.float32)
@@ -174,21 +188,27 @@ def _adjust(logits: Float[Array, "B V"], slots: Slots, rows: SampleRows) -> Floa
     return logits.at[row, held].set(-jnp.inf, mode="drop")
 
 
-def _draw(logits: Float[Array, "B V"], rows: SampleRows) -> Int32[Array, " B"]:
-    """One token by inverse CDF after temperature, top-k, top-p (of what top-k left) and min-p."""
+def _weights(logits: Float[Array, "B V"], rows: SampleRows) -> Float[Array, "B V"]:
+    """Likelihoods at the row's temperature, relative to the likeliest token's."""
     warm = jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
     scaled = logits / warm
-    p = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # the likeliest token has 1
-    V = p.shape[1]
-    top_k = jnp.where((rows.top_k <= 0) | (rows.top_k > V), V, rows.top_k)[:, None]
-    p = _keep_above(p, lambda kept: jnp.sum(kept > 0, axis=-1, keepdims=True) >= top_k)
-    enough = rows.top_p[:, None] * jnp.sum(p, axis=-1, keepdims=True)
-    p = _keep_above(p, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= enough)
-    p = jnp.where(p >= rows.min_p[:, None], p, 0)
-    return _inverse_cdf(p, _uniform(rows.seed, rows.position))
+    return jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
 
 
-def _keep_above(p: Float[Array, "B V"], enough: "callable") -> Float[Array, "B V"]:
+def _filter(p: Float[Array, "B V"], rows: SampleRows) -> Float[Array, "B V"]:
+    """Keep the top k, of those the likeliest that make up top_p, of those the ones above min_p."""
+    k, top_p = rows.top_k[:, None], rows.top_p[:, None]
+    of_k = _keep_above(p, lambda kept: jnp.sum(kept > 0, axis=-1, keepdims=True) >= k)
+    p = jnp.where((k > 0) & (k < p.shape[1]), of_k, p)
+    enough = top_p * jnp.sum(p, axis=-1, keepdims=True)
+    of_p = _keep_above(p, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= enough)
+    p = jnp.where(top_p < 1, of_p, p)
+    return jnp.where(p >= rows.min_p[:, None], p, 0)
+
+
+def _keep_above(
+    p: Float[Array, "B V"], enough: Callable[[jax.Array], jax.Array]
+) -> Float[Array, "B V"]:
     """Zero all below the highest threshold that still keeps enough; ties at it are all kept.
 
     Positive floats order as their bit patterns do, so halving an integer interval finds the

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention import Rows
 
 
 class Weights(NamedTuple):
-    """The model's leaves; `layers` holds one list a layer, in the order of `Programs.leaf_names`."""
+    """The model's leaves; one list a layer, in the order of `Programs.leaf_names`."""
 
     embed: Float[Array, "V H"]
     layers: list[list[jax.Array]]
@@ -123,18 +123,20 @@ class Programs:
 
 
 def sample(
-    full: bool,
+    program: str,
     h: Float[Array, "B H"],
     head: Float[Array, "V H"],
     slots: sampling.Slots,
     ints: Int32[Array, " ints"],
     floats: Float[Array, "6 B"],
 ) -> tuple[sampling.Slots, sampling.Sampled]:
-    """Draw each row's token and remember it in its slot."""
+    """Draw each row's token and remember it in its slot; `program` is one of `batch.SAMPLERS`."""
     at = batch.views(ints, batch.sample_fields(h.shape[0]))
     named = dict(zip(batch.SAMPLE_FLOATS, floats, strict=True))
     rows = sampling.SampleRows(**at, **named)
-    return (sampling.sample_full if full else sampling.sample_greedy)(h, head, slots, rows)
+    if program == "greedy":
+        return sampling.sample_greedy(h, head, slots, rows)
+    return sampling.sample_drawn(h, head, slots, rows, filters=program == "filter")
 
 
 def score(

@@ -28,7 +28,7 @@ from jslora.request import AdapterInfo, ErrorInfo, TokenEvent
 PULSE_SECONDS = 1.0
 _POLL_MILLISECONDS = 100
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jslora.worker")  # under -m, __name__ is __main__
 
 
 class Worker:
@@ -36,7 +36,7 @@ class Worker:
 
     def __init__(self, address: str) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-        self._socket.linger = 2000
+        self._socket.setsockopt(zmq.LINGER, 2000)
         self._socket.connect(address)
         # The socket belongs to the main thread; others hand it news and ring the bell.
         self._news: queue.SimpleQueue[wire.News] = queue.SimpleQueue()
@@ -46,6 +46,7 @@ class Worker:
         self._bell_out.connect("inproc://news")
         self._bell_lock = threading.Lock()
         self._draining = False
+        self._told: list[AdapterInfo] | None = None
 
     def tell(self, news: wire.News) -> None:
         """Send a message; from any thread."""
@@ -84,11 +85,12 @@ class Worker:
         return self._serve()
 
     def _give_up(self, error: BaseException) -> int:
-        log.error("start-up failed: %s", error, exc_info=not isinstance(error, JsloraError))
         if isinstance(error, JsloraError):
             info = ErrorInfo(type=error.type, message=error.message, param=error.param)
         else:
-            info = ErrorInfo(type="internal_error", message=f"{type(error).__name__}: {error}"[:500])
+            info = ErrorInfo(
+                type="internal_error", message=f"{type(error).__name__}: {error}"[:500]
+            )
         self.tell(wire.Failed(info))
         self._flush()
         self._socket.close()
@@ -106,7 +108,7 @@ class Worker:
                 self._obey(wire.decode_command(self._socket.recv()))
             if time.monotonic() >= pulse_at:
                 pulse_at = time.monotonic() + PULSE_SECONDS
-                self.tell(wire.Pulse(self._core.stats()))
+                self._pulse()
             if self._draining and self._core.scheduler.idle:
                 time.sleep(2 * _POLL_MILLISECONDS / 1000)  # the last step's events
                 self._flush()
@@ -114,6 +116,13 @@ class Worker:
                 self._flush()
                 self._socket.close()
                 return 0
+
+    def _pulse(self) -> None:
+        """Statistics, and the adapters if anything about them changed since last told."""
+        adapters = self._core.adapters()
+        changed = adapters if adapters != self._told else None
+        self._told = adapters
+        self.tell(wire.Pulse(self._core.stats(), changed))
 
     def _flush(self) -> None:
         while self._bell_in.poll(0):
@@ -152,7 +161,7 @@ class Worker:
     def _tell_reply(self, seq: int, adapter: AdapterInfo | None, error: ErrorInfo | None) -> None:
         self.tell(wire.Reply(seq, adapter, error))
         if error is None:
-            self.tell(wire.Pulse(self._core.stats(), self._core.adapters()))
+            self._pulse()
 
 
 def exit_code(error: BaseException) -> int:
@@ -169,8 +178,12 @@ def _read_order() -> tuple[EngineConfig, Path | None]:
 
 
 def _exit_with_parent() -> None:
-    """Nobody is left to serve once standard input closes."""
-    sys.stdin.buffer.read()
+    """Nobody is left to serve once standard input closes.
+
+    Read below Python's buffer, whose lock a daemon thread must not hold when the process ends.
+    """
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     os._exit(0)
 
 

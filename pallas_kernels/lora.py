@@ -53,12 +53,12 @@ class Block(NamedTuple):
 class Work(NamedTuple):
     """The work lists of one step, for every layer and each of its linear modules.
 
-    A list holds its blocks item after item; only its first `count` items count.
+    A list holds its blocks item after item; only as many items as `items` says count.
     """
 
     blocks: Int32[Array, "L modules I*blocks 7"]
     scale: Float[Array, "L modules I*blocks"]
-    count: Int32[Array, "L modules"]
+    items: Int32[Array, "L modules"]
     split: Int32[Array, ""]  # 1 when some adapter's pages do not follow each other
     page_list: Int32[Array, " P"]
 
@@ -98,7 +98,7 @@ def add_lora(
     """
     T, n = x.shape[0], shape.blocks
     assert T % shape.tile == 0, f"{T} tokens are not whole tiles of {shape.tile}"
-    counts = work.count[layer, jnp.asarray(modules)]
+    counts = work.items[layer, jnp.asarray(modules)]
     ends = jnp.cumsum(counts)
 
     def item(i: Int32[Array, ""], y: Float[Array, "T out_all"]) -> Float[Array, "T out_all"]:

@@ -1,15 +1,25 @@
 """Small engines for tests: any golden or random model in float32, ledger checked at every step."""
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jslora.engine import Engine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jslora.engine import Completion, Engine
+from jslora.errors import JsloraError
+from jslora.request import SamplingParams
 
 
 def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
-    """An engine over a golden model's folder, with adapters below `tmp`."""
+    """An engine over a golden model's folder, with adapters below `tmp`.
+
+    Engines whose `tmp` lie side by side share compiled programs.
+    """
     config: dict[str, Any] = {
-        "cache_dir": str(tmp / "cache"),
+        "cache_dir": str(tmp.parent / "engine-cache"),
         "model": {"source": str(model), "dtype": "float32"} | sections.pop("model", {}),
         "pool": {"pages": 256} | sections.pop("pool", {}),
         "adapters": {"roots": [str(tmp)], "preload": "none", "max_rank": 64}
@@ -17,3 +27,82 @@ def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
         "scheduler": {"max_running": 8, "max_step_tokens": 32} | sections.pop("scheduler", {}),
     }
     return Engine(config | sections, check_ledger=True)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request to an engine."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    adapter: str | None = None
+
+
+class Asked:
+    """Requests that entered an engine together, between two steps, so that batches repeat."""
+
+    def __init__(self, engine: Engine, asks: Sequence[Ask]) -> None:
+        self._engine = engine
+        self._jobs = [engine._job(ask.prompt, ask.params, ask.adapter) for ask in asks]
+        self.ids = [job.request.id for job in self._jobs]
+        engine.core.run_on_engine(self._submit)
+
+    def _submit(self) -> None:
+        for job in self._jobs:
+            self._engine._submit(job, job.events.put)
+
+    def outcomes(self) -> list[Completion | JsloraError]:
+        """What became of each, in order."""
+        found: list[Completion | JsloraError] = []
+        for job in self._jobs:
+            try:
+                found.append(job.collect())
+            except JsloraError as error:
+                found.append(error)
+        self._engine._forget(self._jobs)
+        return found
+
+
+def answers(engine: Engine, asks: Sequence[Ask]) -> list[Completion]:
+    """Answer requests in one batch; the first error is raised."""
+    found: list[Completion] = []
+    for outcome in Asked(engine, asks).outcomes():
+        if isinstance(outcome, JsloraError):
+            raise outcome
+        found.append(outcome)
+    return found
+
+
+def tokens_of(engine: Engine, asks: Sequence[Ask]) -> list[tuple[int, ...]]:
+    """The tokens of `answers`."""
+    return [answer.tokens for answer in answers(engine, asks)]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something that another thread brings about."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {true}"
+        time.sleep(0.002)
+
+
+def assert_nothing_leaked(engine: Engine) -> None:
+    """Once an engine is idle, every page is free or an idle adapter's."""
+    wait_until(lambda: engine.core.scheduler.idle)
+    engine.core.run_on_engine(engine.core.scheduler.check)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_kv, stats.ledger_errors) == (0, 0, 0, 0)
+    assert stats.pages_free + stats.pages_adapters == stats.pages_total
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer whose 256 tokens are the 256 bytes, id by id."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    vocabulary = {chr(b if b in printable else next(others)): b for b in range(256)}
+    assert vocabulary.keys() == set(letters)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))

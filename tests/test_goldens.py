@@ -11,7 +11,9 @@ from goldens.cases import MODELS, ROOT, Case, cases
 from jslora.engine import Engine
 from jslora.request import SamplingParams
 
-GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=20, prompt_logprobs=1)
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=16, ignore_eos=True, logprobs=20, prompt_logprobs=1
+)
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -41,7 +43,7 @@ def test_logprobs_and_greedy_text_equal_the_reference(engine: Engine) -> None:
             chosen = [entry.logprob for entry in answer.logprobs]
             np.testing.assert_allclose(chosen, case.logprobs[i], atol=2e-3)
             scored = [entry.logprob for entry in answer.prompt_logprobs[1:]]
-            np.testing.assert_allclose(scored, case.prompt_logprobs[i][-len(scored):], atol=2e-3)
+            np.testing.assert_allclose(scored, case.prompt_logprobs[i][-len(scored) :], atol=2e-3)
 
 
 def test_all_adapters_in_one_batch_give_the_same_text(engine: Engine) -> None:

@@ -47,7 +47,10 @@ class MemoryPlan:
             ("weights", gib(self.weights)),
             ("per-slot sampling state", gib(self.slots)),
             ("pool (KV cache and adapters)", gib(self.pool)),
-            (f"  {self.pages} pages of {self.page_size} tokens", f"{self.page_bytes / 2**10:.0f} KiB"),
+            (
+                f"  {self.pages} pages of {self.page_size} tokens",
+                gib(self.page_bytes),
+            ),
             ("  tokens, were no adapter loaded", f"{tokens:,}"),
             ("host memory for packed adapters, at most", gib(self.host_cache)),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
@@ -63,7 +66,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int) -> Mem
     """Divide `available` bytes of device memory.
 
     Raises:
-        ConfigError: `max_model_len` is over the model's, or not even one sequence fits.
+        ConfigError: `max_model_len` is over the model's, or not even one page fits.
     """
     length = max_model_len(config, model)
     width = 2 if config.model.dtype == "bfloat16" else 4

@@ -62,7 +62,7 @@ class PageAllocator:
     def share(self, pages: Iterable[int]) -> None:
         """Count one more holder of each page."""
         for page in pages:
-            assert self._count[page] > 0, f"page {page} is free and cannot be shared"
+            assert page != 0 and self._count[page] > 0, f"page {page} is not held: nothing to share"
             self._count[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:

@@ -1,4 +1,4 @@
-"""Which adapters are on the device: loaded on demand, never while in use evicted, least recent first.
+"""Which adapters are on the device: loaded on demand, evicted when idle, least recent first.
 
 An adapter's pages are taken before its blob is sent; uploads run on another thread, and the engine
 writes them into the pool a bounded number of chunks a step, each only when its transfer is ready.
@@ -42,7 +42,7 @@ class Residency:
     Attributes:
         layers, layer_pages: rows of the pool an adapter's page has, one in each layer.
         chunk: rows of the pool in one upload.
-        pinned: digests that are not evicted.
+        pinned: digests that are evicted only as a last resort.
     """
 
     pages: PageAllocator
@@ -63,10 +63,12 @@ class Residency:
         resident = self.residents.get(version.digest)
         return resident.placement if resident and not resident.uploads else None
 
-    def ensure(self, version: Version, keep: Collection[str]) -> bool:
+    def ensure(
+        self, version: Version, keep: Collection[str], *, last_resort: bool = False
+    ) -> bool:
         """Start loading an adapter unless it is here; False if there is no room for it.
 
-        Evicts idle adapters that are not in `keep` to make room.
+        Evicts to make room as `make_room` does.
 
         Raises:
             AdapterRejected: its files could not be read again.
@@ -76,7 +78,7 @@ class Residency:
         packed = self.store.packed(version)
         if packed is None:
             return True  # being read; asked for again in the next step
-        if not self.make_room(version.n_pages, {*keep, version.digest}):
+        if not self.make_room(version.n_pages, keep, last_resort=last_resort):
             return False
         pages = self.pages.take_run(version.n_pages)
         assert pages is not None, f"{self.pages.free} pages free, {version.n_pages} promised"
@@ -84,7 +86,11 @@ class Residency:
             version.digest, tuple(pages), version.a_offset, version.b_offset,
             version.rank, version.scale,
         )  # fmt: skip
-        uploads = deque(self._send(packed.blob, pages))
+        try:
+            uploads = deque(self._send(packed.blob, pages))
+        except BaseException:
+            self.pages.release(pages)
+            raise
         self.residents[version.digest] = Resident(version, placement, uploads)
         self.touch(version.digest)
         self.loads += 1
@@ -119,16 +125,20 @@ class Residency:
     def loading(self) -> bool:
         return any(resident.uploads for resident in self.residents.values())
 
-    def make_room(self, n: int, keep: Collection[str]) -> bool:
-        """Evict idle adapters, least recently used first, until `n` pages are free; or none."""
+    def make_room(self, n: int, keep: Collection[str], *, last_resort: bool = False) -> bool:
+        """Evict idle adapters, least recently used first, until `n` pages are free; or none.
+
+        Those in `keep` stay, and pinned ones do unless this is the last resort.
+        """
+        stay = {*keep} if last_resort else {*keep, *self.pinned}
         idle = [
             resident
             for digest, resident in self.residents.items()
-            if not (resident.users or resident.uploads or digest in keep or digest in self.pinned)
+            if not (resident.users or resident.uploads or digest in stay)
         ]
         if self.pages.free + sum(len(r.placement.pages) for r in idle) < n:
             return False
-        for resident in sorted(idle, key=lambda resident: resident.used_at):
+        for resident in sorted(idle, key=lambda r: (r.version.digest in self.pinned, r.used_at)):
             if self.pages.free >= n:
                 break
             self._drop(resident)

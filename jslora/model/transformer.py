@@ -102,8 +102,10 @@ class Block(nnx.Module):
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
 
-def rms_norm(x: Float[Array, "*n H"], weight: Float[Array, " H"], eps: float) -> Float[Array, "*n H"]:
-    """Divide by the root mean square over the last axis, in float32, and scale (arXiv 1910.07467)."""
+def rms_norm(
+    x: Float[Array, "*n H"], weight: Float[Array, " H"], eps: float
+) -> Float[Array, "*n H"]:
+    """Divide by the root mean square of the last axis, in float32, and scale (arXiv 1910.07467)."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
     return (y * weight.astype(jnp.float32)).astype(x.dtype)

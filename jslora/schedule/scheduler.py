@@ -19,12 +19,17 @@ from itertools import count
 import numpy as np
 
 from jslora.adapters.version import Version
-from jslora.batch import RowPlan
+from jslora.batch import SAMPLERS, RowPlan
 from jslora.errors import AdapterRejected, CorruptOutput, InvalidRequest, JsloraError, Overloaded
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
 from jslora.request import (
-    MAX_LOGIT_BIAS, MAX_STOP_IDS, ErrorInfo, Request, TokenEvent, TokenLogprob,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_IDS,
+    ErrorInfo,
+    Request,
+    TokenEvent,
+    TokenLogprob,
 )  # fmt: skip
 from jslora.schedule.sequence import Sequence
 
@@ -52,7 +57,7 @@ class Plan:
 
     Attributes:
         admitted: sequences whose slot must be given its counts, bias and stop ids first.
-        full: whether any sampled row needs more than the greedy program.
+        sampler: the least of `SAMPLERS` that serves every sampled row.
         scores: (row, first position, last position) whose prompt logprobs are wanted; the logprob
             of position p comes from the activations of p - 1.
     """
@@ -60,13 +65,13 @@ class Plan:
     rows: list[RowPlan]
     sequences: list[Sequence]
     admitted: list[Sequence]
-    full: bool
+    sampler: str
     scores: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What the host read back of a step, row by row; `logprob` only after the full program."""
+    """What the host read back of a step, row by row; `logprob` not after the greedy program."""
 
     tokens: np.ndarray
     finite: np.ndarray
@@ -127,7 +132,8 @@ class Scheduler:
                 param="max_tokens",
             )
         queued = sum(sequence.prompt_length for sequence in self.waiting)
-        if len(self.waiting) >= limits.max_queued or queued + prompt > limits.max_queued_tokens:
+        tokens_full = bool(self.waiting) and queued + prompt > limits.max_queued_tokens
+        if len(self.waiting) >= limits.max_queued or tokens_full:
             raise Overloaded(f"{len(self.waiting)} requests are waiting; the queue is full")
 
     def _check_ids(self, request: Request) -> None:
@@ -218,19 +224,26 @@ class Scheduler:
                     continue
             n = min(self._remaining(sequence), budget)
             need = self._pages_for(sequence.computed + n)
-            if not self.residency.make_room(need, {*keep, sequence.digest}):
+            if not self.residency.make_room(
+                need, {*keep, sequence.digest}, last_resort=self._nothing_moves
+            ):
                 break
             self._start(sequence, need)
             started.append(sequence)
             budget -= n
         return started
 
+    @property
+    def _nothing_moves(self) -> bool:
+        """Whether no sequence and no transfer will ever free a page."""
+        return not self.running and not self.residency.loading
+
     def _adapter_ready(self, sequence: Sequence, keep: set[str]) -> bool | None:
         """Whether its adapter is on the device; None if there is no room for it yet."""
         version = sequence.version
         assert version is not None
         try:
-            if not self.residency.ensure(version, keep):
+            if not self.residency.ensure(version, keep, last_resort=self._nothing_moves):
                 return None
         except AdapterRejected as error:
             self._finish(sequence)
@@ -254,9 +267,12 @@ class Scheduler:
         need = self._pages_for(tokens) - len(sequence.pages)
         if need <= 0:
             return True
-        keep = {s.digest for s in self.waiting} if len(self.running) > 1 else ()
-        if not (self.residency.make_room(need, keep) or self.residency.make_room(need, ())):
-            self._make_way()
+        alone = len(self.running) == 1
+        keep = () if alone else {s.digest for s in self.waiting}
+        room = self.residency.make_room
+        if not (room(need, keep) or room(need, (), last_resort=alone)):
+            if not alone:  # else an adapter is loading, and can leave when it is here
+                self._make_way()
             return False
         more = self.pages.take(need)
         assert more is not None, f"{self.pages.free} pages free, {need} promised"
@@ -283,13 +299,17 @@ class Scheduler:
         sequences = [sequence for sequence, _ in planned]
         scores = []
         for b, (sequence, n) in enumerate(planned):
-            first, last = sequence.computed + 1, min(sequence.computed + n, sequence.prompt_length - 1)
+            first, last = (
+                sequence.computed + 1,
+                min(sequence.computed + n, sequence.prompt_length - 1),
+            )
             if sequence.request.params.prompt_logprobs is not None and last >= first:
                 scores.append((b, first, last))
             sequence.computed += n
             sequence.pending += rows[b].samples
-        full = any(r.samples and not s.plain for r, s in zip(rows, sequences, strict=True))
-        return Plan(rows, sequences, [s for s in admitted if s.stateful], full, scores)
+        needs = [s.sampler for r, s in zip(rows, sequences, strict=True) if r.samples]
+        sampler = SAMPLERS[max(needs, default=0)]
+        return Plan(rows, sequences, [s for s in admitted if s.stateful], sampler, scores)
 
     def _row(self, sequence: Sequence, n: int) -> RowPlan:
         p, first = sequence.request.params, sequence.computed
@@ -363,7 +383,10 @@ class Scheduler:
         prompt_logprobs = _prompt_scores(sequence) if first else None
         if self._ends(token, sequence):
             return TokenEvent(
-                id=request.id, finish_reason="stop", stop_token=token, prompt_logprobs=prompt_logprobs
+                id=request.id,
+                finish_reason="stop",
+                stop_token=token,
+                prompt_logprobs=prompt_logprobs,
             )
         sequence.tokens.append(token)
         self.generated_tokens += 1

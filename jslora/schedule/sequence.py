@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from jslora.adapters.version import Version
+from jslora.batch import SAMPLERS
 from jslora.request import Request, TokenLogprob
 
 
@@ -61,7 +62,10 @@ class Sequence:
         return not neutral or bool(p.logit_bias) or p.min_tokens > 0
 
     @property
-    def plain(self) -> bool:
-        """Whether the greedy program serves it."""
+    def sampler(self) -> int:
+        """Index in `SAMPLERS` of the least program that serves it."""
         p = self.request.params
-        return p.temperature == 0 and p.logprobs is None and not self.stateful
+        if p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0):
+            return SAMPLERS.index("filter")
+        drawn = p.temperature > 0 or p.logprobs is not None or self.stateful
+        return SAMPLERS.index("draw" if drawn else "greedy")

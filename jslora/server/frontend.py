@@ -129,9 +129,9 @@ def _make_adapters(
 def _tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:
     if folder is not None:
         return Tokenizer(folder)
-    architecture = config.model.architecture or {}
+    size = from_hf(config.model.architecture or {}).vocab_size
     with tempfile.TemporaryDirectory(prefix="jslora-") as scratch:
-        stand_in.write_tokenizer(Path(scratch), int(architecture.get("vocab_size", 512)))
+        stand_in.write_tokenizer(Path(scratch), size)
         return Tokenizer(Path(scratch))
 
 

@@ -2,8 +2,8 @@
 
 The engine reads one JSON line from its standard input, `{"config": …, "folder": …}`, and exits when
 that pipe closes: it cannot outlive the front end, however that ends. Messages of `jslora.wire` go
-both ways over a ZeroMQ PAIR socket in a private directory; the front end binds, the engine
-connects. Nothing here knows what the messages mean.
+both ways over a ZeroMQ PAIR socket in a private directory that goes with the first message; the
+front end binds, the engine connects. Nothing here knows what the messages mean.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from jslora import wire
 from jslora.config import EngineConfig
 from jslora.errors import Unavailable
 
-_FLUSH_SECONDS = 0.2
+_FLUSH_SECONDS = 0.1
 
 
 class EngineProcess:
@@ -37,6 +37,7 @@ class EngineProcess:
         self._socket = socket
         self._directory = directory
         self._on_news = on_news
+        self._connected = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(socket.fileno(), self._receive)
 
@@ -119,6 +120,9 @@ class EngineProcess:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if not self._connected:  # nobody else needs to find the socket any more
+                self._connected = True
+                self._directory.cleanup()
             self._on_news(wire.decode_news(data))
 
 

@@ -7,9 +7,11 @@ weights is text like any other and streams.
 import json
 from pathlib import Path
 
+from jslora.errors import ModelError
 from jslora.vocabulary import Kind, Vocabulary, byte_level
 
 MARKERS = ("<|endoftext|>", "<|start|>", "<|end|>")
+SMALLEST = 256 + len(MARKERS)
 _TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -17,9 +19,14 @@ _TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
-    """Write the tokenizer files of a vocabulary of `size`; id b is byte b, markers come next."""
-    assert size >= 256 + len(MARKERS), f"a vocabulary of {size} has no room for all bytes"
-    fillers = [f"Ġt{token}" for token in range(256 + len(MARKERS), size)]
+    """Write the tokenizer files of a vocabulary of `size`; id b is byte b, markers come next.
+
+    Raises:
+        ModelError: `size` has no room for all bytes.
+    """
+    if size < SMALLEST:
+        raise ModelError(f"vocab_size {size} is too small to serve text; {SMALLEST} is the least")
+    fillers = [f"Ġt{token}" for token in range(SMALLEST, size)]
     tokens = [*map(_letter, range(256)), *MARKERS, *fillers]
     kinds = [Kind.NORMAL] * 256 + [Kind.CONTROL] * len(MARKERS) + [Kind.NORMAL] * len(fillers)
     byte_level(Vocabulary(tokens, kinds), [], "gpt-2").save(str(folder / "tokenizer.json"))

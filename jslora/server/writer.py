@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import msgspec
 
-from jslora import __version__
 from jslora.server import openai
 from jslora.server.choice import Choice, Part
 from jslora.server.prepare import Job
@@ -36,7 +35,7 @@ class Writer(ABC):
             created=job.created,
             model=job.model,
             choices=[],
-            system_fingerprint=f"jslora-{__version__}-{fingerprint[:8]}",
+            system_fingerprint=fingerprint,
         )
 
     @abstractmethod

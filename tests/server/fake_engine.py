@@ -1,0 +1,250 @@
+"""An engine process without a model, for the front end's tests: the real protocol, made-up tokens.
+
+Token i of a sequence is a letter drawn from a digest of (adapter, prompt, i), so a test can say
+what must come back. A prompt that contains one of these words makes something happen:
+
+    eos      ends at its model's end token after 3 tokens
+    corrupt  fails as not finite after 2 tokens
+    refuse   is answered with an overloaded error before any token
+    slow     makes a token every 100 ms; `sleep` waits 1.5 s before the first
+    umlaut   emits ä over and over, one byte of UTF-8 a token
+    die      the process exits after 2 tokens
+
+Options: --fail TYPE reports that start-up failure and exits; --step SECONDS sets the pace;
+--wait SECONDS delays the start; --die-at-start FILE exits while that file exists; --check prints a
+plan.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import zmq
+
+from jslora import config, wire
+from jslora.request import (
+    AdapterInfo,
+    EngineInfo,
+    ErrorInfo,
+    Request,
+    Stats,
+    TokenEvent,
+    TokenLogprob,
+)
+
+EOS = 257
+VOCABULARY = 300
+
+
+def letter(adapter: str | None, prompt: tuple[int, ...], position: int) -> int:
+    """The token at `position`: a lower-case ASCII letter."""
+    digest = hashlib.sha256(f"{adapter}|{prompt}|{position}".encode()).digest()
+    return ord("a") + digest[0] % 26
+
+
+def text(adapter: str | None, prompt: str, count: int) -> str:
+    """What a sequence of `count` tokens reads like."""
+    ids = tuple(prompt.encode())
+    return "".join(chr(letter(adapter, ids, position)) for position in range(count))
+
+
+@dataclass
+class Row:
+    request: Request
+    words: bytes
+    born: float
+    made: int = 0
+    due: float = 0.0
+
+
+class Engine:
+    def __init__(self, socket: zmq.Socket, settings: config.EngineConfig, step: float) -> None:
+        self.socket, self.settings, self.step = socket, settings, step
+        preload = settings.adapters.preload
+        names = preload if isinstance(preload, list) else ["sql", "chat"]
+        self.adapters = {name: _adapter(name, f"/adapters/{name}") for name in names}
+        self.rows: dict[str, Row] = {}
+        self.steps = self.aborted = self.generated = self.prompted = 0
+
+    def run(self) -> None:
+        pulse = 0.0
+        while True:
+            self.socket.poll(self.step * 1000 if self.rows else 50)
+            while self.socket.poll(0):
+                if not self._obey(wire.decode_command(self.socket.recv())):
+                    return
+            if self.rows:
+                self._step()
+                time.sleep(self.step)
+            if time.monotonic() - pulse > 0.2:
+                pulse = time.monotonic()
+                self._pulse()
+
+    def start(self, wait: float) -> None:
+        for done in range(4):
+            self.send(wire.Progress("compile", done, 3, f"bucket {done}"))
+        time.sleep(wait)
+        self.send(
+            wire.Ready(
+                EngineInfo(
+                    model_name=self.settings.model.served_name,
+                    max_model_len=self.settings.model.max_model_len or 256,
+                    vocab_size=VOCABULARY,
+                    eos_token_ids=(EOS,),
+                    page_size=16,
+                    pages=1024,
+                    fingerprint="fake",
+                    device="fake",
+                    adapters=tuple(self.adapters.values()),
+                )
+            )
+        )
+
+    def send(self, news: wire.News) -> None:
+        self.socket.send(wire.encode(news))
+
+    def _pulse(self) -> None:
+        stats = Stats(
+            running=len(self.rows),
+            pages_total=1023,
+            pages_free=1023 - len(self.rows),
+            pages_kv=len(self.rows),
+            steps=self.steps,
+            prompt_tokens=self.prompted,
+            generated_tokens=self.generated,
+            # Tests read from here how many sequences were aborted.
+            preemptions=self.aborted,
+            running_adapters=tuple(sorted({r.request.adapter or "" for r in self.rows.values()})),
+        )
+        self.send(wire.Pulse(stats, list(self.adapters.values())))
+
+    def _obey(self, command: wire.Command) -> bool:
+        match command:
+            case wire.Submit(request):
+                self._submit(request)
+            case wire.Abort(ids):
+                self.aborted += sum(self.rows.pop(id, None) is not None for id in ids)
+            case wire.LoadAdapter(seq, name, path, substitute):
+                self.send(self._load(seq, name, path or name, substitute))
+            case wire.UnloadAdapter(seq, name):
+                gone = self.adapters.pop(name, None)
+                error = None if gone else ErrorInfo(type="not_found_error", message="no such one")
+                self.send(wire.Reply(seq, gone, error))
+            case wire.Drain():
+                return False
+        return True
+
+    def _load(self, seq: int, name: str, path: str, substitute: bool) -> wire.Reply:
+        if "bad" in path or (name in self.adapters and not substitute):
+            message = f"adapter {name!r}: lora_A is missing"
+            return wire.Reply(seq, None, ErrorInfo(type="adapter_rejected", message=message))
+        self.adapters[name] = _adapter(name, path)
+        return wire.Reply(seq, self.adapters[name])
+
+    def _submit(self, request: Request) -> None:
+        words = bytes(token for token in request.prompt if token < 256)
+        error = None
+        if request.adapter is not None and request.adapter not in self.adapters:
+            error = ErrorInfo(type="not_found_error", message=f"no adapter {request.adapter!r}")
+        elif b"refuse" in words:
+            error = ErrorInfo(type="overloaded_error", message="the engine is full")
+        if error is not None:
+            self.send(wire.Events([TokenEvent(id=request.id, error=error)]))
+            return
+        self.prompted += len(request.prompt)
+        now = time.monotonic()
+        wait = 1.5 if b"sleep" in words else 0.0
+        self.rows[request.id] = Row(request, words, now, due=now + wait)
+
+    def _step(self) -> None:
+        now, events = time.monotonic(), []
+        self.steps += 1
+        running = list(self.rows.values())[: self.settings.scheduler.max_running]
+        for row in running:
+            if row.due <= now:
+                events.append(self._advance(row))
+                if b"slow" in row.words:
+                    row.due = now + 0.1
+        if events:
+            self.send(wire.Events(events))
+        for event in events:
+            if event.last:
+                del self.rows[event.id]
+
+    def _advance(self, row: Row) -> TokenEvent:
+        request, params = row.request, row.request.params
+        event = TokenEvent(id=request.id)
+        if row.made == 0 and params.prompt_logprobs is not None:
+            scored = (_score(token, params.prompt_logprobs) for token in request.prompt[1:])
+            event = replace(event, prompt_logprobs=(None, *scored))
+        if params.max_tokens == 0:
+            return replace(event, finish_reason="length")
+        if row.made == 2 and b"corrupt" in row.words:
+            error = ErrorInfo(type="corrupt_output_error", message="the logits are not finite")
+            return replace(event, error=error)
+        if row.made == 2 and b"die" in row.words:
+            os._exit(9)
+        if row.made == 3 and b"eos" in row.words and not params.ignore_eos:
+            return replace(event, finish_reason="stop", stop_token=EOS)
+        token = letter(request.adapter, request.prompt, row.made)
+        if b"umlaut" in row.words:
+            token = "ä".encode()[row.made % 2]
+        if token in params.stop_token_ids and row.made >= params.min_tokens:
+            return replace(event, finish_reason="stop", stop_token=token)
+        row.made += 1
+        self.generated += 1
+        scores = () if params.logprobs is None else (_score(token, params.logprobs),)
+        reason = "length" if row.made == params.max_tokens else None
+        return replace(event, tokens=(token,), logprobs=scores, finish_reason=reason)
+
+
+def _score(token: int, count: int) -> TokenLogprob:
+    top = tuple((token + other, -0.5 - other) for other in range(count))
+    return TokenLogprob(token=token, logprob=-0.5, rank=1, top=top)
+
+
+def _adapter(name: str, path: str) -> AdapterInfo:
+    digest = hashlib.sha256(f"{name}{path}".encode()).hexdigest()
+    return AdapterInfo(name=name, digest=digest, state="host", rank=8, path=path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--fail")
+    parser.add_argument("--step", type=float, default=0.002)
+    parser.add_argument("--die-at-start", metavar="FILE")
+    parser.add_argument("--wait", type=float, default=0.0)
+    options = parser.parse_args()
+    start = json.loads(sys.stdin.readline())
+    settings = config.parse(start["config"])
+    if options.check:
+        print(f"plan: {settings.pool.pages or 1024} pages")
+        return
+    if options.die_at_start and os.path.exists(options.die_at_start):
+        sys.exit(7)
+    # The front end is gone when the pipe closes.
+    threading.Thread(
+        target=lambda: os._exit(0 if sys.stdin.read() == "" else 1), daemon=True
+    ).start()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.linger = 1000
+    socket.connect(options.socket)
+    if options.fail:
+        error = ErrorInfo(type=options.fail, message="the model has 3 legs; 4 are needed")
+        socket.send(wire.encode(wire.Failed(error)))
+        socket.close()
+        sys.exit(3)
+    engine = Engine(socket, settings, options.step)
+    engine.start(options.wait)
+    engine.run()
+
+
+if __name__ == "__main__":
+    main()
