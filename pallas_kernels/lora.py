@@ -7,8 +7,8 @@ the step. So time and bytes follow the true ranks present, and rows without an a
 block. An item costs two gathers of whole block rows and two products, with the blocks of other
 tokens masked between them: on a CPU that is several times faster than one small product a block.
 
-Invariant: numbers outside a block's tokens or ranks may be read but are selected away on the
-low-rank product and on B, so neither a neighbour's weights nor a NaN among them reaches y.
+Invariant: numbers outside a block's ranks are selected away as A and B are read, and tokens outside
+it in the low-rank product; a weight of a block that is not finite reaches that block's tokens only.
 """
 
 import math
@@ -127,14 +127,23 @@ def _delta(
     scale: Float[Array, " blocks"],
 ) -> Float[Array, "t out"]:
     """Both products of an item; r runs over the ranks of all its blocks."""
-    rank = jnp.arange(RANK_BLOCK)[None] < block.ranks[:, None]  # [blocks, RANK_BLOCK]
     token = (block.tile[0] + jnp.arange(x.shape[0]))[:, None]
     ours = (token >= block.start) & (token < block.end)  # [t, blocks]
-    low = jnp.einsum("rh,th->tr", a, x, preferred_element_type=jnp.float32)
+    low = jnp.einsum("rh,th->rt", a, x, preferred_element_type=jnp.float32).T
     low = low.reshape(x.shape[0], -1, RANK_BLOCK) * scale[:, None]
-    low = jnp.where(ours[:, :, None] & rank, low, 0).reshape(x.shape[0], -1)
-    b = jnp.where(rank.reshape(-1, 1), b, 0)
-    return jnp.einsum("tr,ro->to", low.astype(b.dtype), b, preferred_element_type=jnp.float32)
+    low = jnp.where(ours[:, :, None], low, 0).reshape(x.shape[0], -1).astype(b.dtype)
+    delta = jnp.einsum("tr,ro->to", low, b, preferred_element_type=jnp.float32)
+
+    def isolated() -> Float[Array, "t out"]:
+        """A weight that is not finite must spoil its own tokens, and no others (0 * NaN)."""
+        sound = jnp.isfinite(b)
+        clean = jnp.einsum(
+            "tr,ro->to", low, jnp.where(sound, b, 0), preferred_element_type=jnp.float32
+        )
+        spoilt = ~jnp.all(sound.reshape(len(scale), -1), axis=1)  # [blocks]
+        return jnp.where(jnp.any(ours & spoilt, axis=1)[:, None], jnp.nan, clean)
+
+    return lax.cond(jnp.all(jnp.isfinite(delta)), lambda: delta, isolated)
 
 
 def _read(
@@ -145,22 +154,29 @@ def _read(
     work: Work,
     row: int,
 ) -> Float[Array, "r row"]:
-    """RANK_BLOCK rows from each start on: whole slices of a run of pages, else piece by piece."""
+    """RANK_BLOCK rows from each start on, zero where the block has fewer ranks.
+
+    Runs of pages are read in whole slices, other adapters piece by piece.
+    """
     page = math.prod(pages.shape[1:])
     W = piece_width(row, page)
     per_page, count = page // W, RANK_BLOCK * row // W
     pieces = pages.reshape(-1, W)
     layer = first_page * per_page
+    rank = jnp.arange(count) // (row // W)
+    true = (rank < block.ranks[:, None])[:, :, None]
 
     def runs() -> Float[Array, "blocks n W"]:
         whole = lax.GatherDimensionNumbers(
             offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,)
         )
-        return lax.gather(pieces, (layer + start)[:, None], whole, (count, W), mode="clip")
+        at = (layer + start)[:, None]
+        return jnp.where(true, lax.gather(pieces, at, whole, (count, W), mode="clip"), 0)
 
     def scattered() -> Float[Array, "blocks n W"]:
         at = start[:, None] + jnp.arange(count)
         page_id = work.page_list.at[block.pages[:, None] + at // per_page].get(mode="clip")
-        return pieces.at[layer + page_id * per_page + at % per_page].get(mode="clip")
+        at = layer + page_id * per_page + at % per_page
+        return jnp.where(true, pieces.at[at].get(mode="clip"), 0)
 
     return lax.cond(work.split == 1, scattered, runs).reshape(-1, row)
