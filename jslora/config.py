@@ -1,7 +1,8 @@
 """The whole configuration: a YAML file and `--set a.b=c`, validated before anything starts.
 
 Every key has a default but `model.source`. An unknown key is an error that names the nearest valid
-one; `${NAME}` is replaced from the environment for secrets only (under `auth`). Host only: no jax.
+one; `${NAME}` is replaced from the environment for secrets only (under `auth`), and what is written
+there is in no error and no `repr`. Host only: no jax.
 """
 
 import difflib
@@ -12,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from yaml.parser import ParserError
+from yaml.scanner import ScannerError
 
 from jslora.errors import ConfigError
 
@@ -34,6 +37,7 @@ def _expand(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
 Positive = Annotated[int, Field(gt=0)]
+Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class _Section(BaseModel):
@@ -115,7 +119,7 @@ class Key(_Section):
 class AuthSection(_Section):
     """`keys`: secret → rights. None leaves the server open, which only loopback hosts allow."""
 
-    keys: dict[str, Key] | None = None
+    keys: dict[Secret, Key] | None = Field(default=None, repr=False)
 
 
 class DistributedSection(_Section):
@@ -170,8 +174,8 @@ def load(path: Path, overrides: list[str] | None = None) -> EngineConfig:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
     for override in overrides or []:
@@ -195,17 +199,28 @@ def parse(data: dict[str, Any]) -> EngineConfig:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    shown = "auth" if key.split(".")[0].strip() == "auth" else repr(override)
     if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected section.key=value")
+        raise ConfigError(f"--set {shown}: expected section.key=value")
     *parents, leaf = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is not a section")
+            what = "a part of the key" if shown == "auth" else repr(parent)
+            raise ConfigError(f"--set {shown}: {what} is not a section")
     try:
         data[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        problem = _yaml_problem(error)
+        raise ConfigError(f"--set {shown}: the value is not valid YAML: {problem}") from None
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without the text around it, which may hold secrets."""
+    told = error.problem if isinstance(error, ScannerError | ParserError) else None
+    problem = told or "a tag, alias or value that cannot be read"
+    mark = getattr(error, "problem_mark", None)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
 
 
 def _substitute(value: Any) -> Any:
@@ -227,10 +242,9 @@ def _substitute(value: Any) -> Any:
 
 def _explain(error: Any) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, the nearest valid key."""
-    # Keys below auth.keys are secrets and must not be printed.
     location = error["loc"]
-    if location[:2] == ("auth", "keys") and len(location) > 2:
-        location = (*location[:2], "<key>", *location[3:])
+    secret = bool(location) and str(location[0]).startswith("auth")  # or a dotted key at the top
+    location = _without_secrets(location) if secret else location
     name = ".".join(str(part) for part in location) or "configuration"
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(error["loc"][:-1])
@@ -239,8 +253,17 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name}: required"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    given = "" if secret or isinstance(error["input"], dict) else f" (got {error['input']!r})"
     return f"{name}: {message}{given}"
+
+
+def _without_secrets(location: tuple[Any, ...]) -> tuple[str, ...]:
+    """A place below `auth` in names like ours: any other may be a secret, even a misplaced one."""
+    ours: list[list[str]] = [["auth"], [*AuthSection.model_fields], [], [*Key.model_fields]]
+    return tuple(
+        str(part) if difflib.get_close_matches(str(part), names, n=1) else "<key>"
+        for part, names in zip(location, ours, strict=False)
+    )
 
 
 def _valid_keys(path: tuple[Any, ...]) -> list[str]:

@@ -89,43 +89,63 @@ def from_hf(data: Mapping[str, Any], generation: Mapping[str, Any] | None = None
         ModelError: the architecture, rope variant, activation or attention kind is not implemented,
             or a dimension is missing or inconsistent.
     """
-    names = data.get("architectures") or []
-    name = names[0] if names else None
+    try:
+        config = _read(data, generation or {})
+    except KeyError as error:
+        raise ModelError(f"config.json lacks {error.args[0]!r}") from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ModelError(f"config.json holds a value of the wrong kind: {error}") from None
+    _check_sizes(config)
+    return config
+
+
+def _read(data: Mapping[str, Any], generation: Mapping[str, Any]) -> ModelConfig:
+    names = data.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     if name not in ARCHITECTURES:
         raise ModelError(
             f"architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
         )
     _refuse_variants(data)
-    try:
-        heads, hidden = int(data["num_attention_heads"]), int(data["hidden_size"])
-        config = ModelConfig(
-            architecture=name,
-            vocab_size=int(data["vocab_size"]),
-            hidden=hidden,
-            layers=int(data["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(data.get("num_key_value_heads") or heads),
-            head_dim=int(data.get("head_dim") or hidden // heads),
-            feed_forward=int(data["intermediate_size"]),
-            max_positions=int(data.get("max_position_embeddings", 2048)),
-            norm_eps=float(data.get("rms_norm_eps", 1e-6)),
-            rope_theta=_rope_theta(data),
-            rope_scaling=_rope_scaling(data),
-            tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-            eos_token_ids=_end_tokens(data, generation or {}),
-            bos_token_id=data.get("bos_token_id"),
-            **ARCHITECTURES[name],
-        )
-    except KeyError as error:
-        raise ModelError(f"config.json lacks {error.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"config.json holds a value of the wrong kind: {error}") from None
-    if config.heads % config.kv_heads or min(config.layers, config.head_dim // 2) < 1:
+    heads, hidden = int(data["num_attention_heads"]), int(data["hidden_size"])
+    bos = data.get("bos_token_id")
+    return ModelConfig(
+        architecture=name,
+        vocab_size=int(data["vocab_size"]),
+        hidden=hidden,
+        layers=int(data["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(data.get("num_key_value_heads") or heads),
+        head_dim=int(data.get("head_dim") or hidden // max(heads, 1)),
+        feed_forward=int(data["intermediate_size"]),
+        max_positions=int(data.get("max_position_embeddings", 2048)),
+        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        rope_theta=_rope_theta(data),
+        rope_scaling=_rope_scaling(data),
+        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+        eos_token_ids=_end_tokens(data, generation),
+        bos_token_id=None if bos is None else int(bos),
+        **ARCHITECTURES[name],
+    )
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    c = config
+    counts = (c.heads, c.kv_heads, c.head_dim, c.layers, c.hidden, c.feed_forward, c.vocab_size)
+    if min(*counts, c.max_positions) < 1 or c.heads % c.kv_heads or c.head_dim % 2:
         raise ModelError(
-            f"config.json: {config.heads} heads, {config.kv_heads} kv heads, head_dim "
-            f"{config.head_dim} and {config.layers} layers do not make a model"
+            f"config.json: {c.heads} heads, {c.kv_heads} kv heads, head_dim {c.head_dim}, "
+            f"{c.layers} layers, hidden_size {c.hidden}, intermediate_size {c.feed_forward}, "
+            f"vocab_size {c.vocab_size} and max_position_embeddings {c.max_positions} "
+            "do not make a model"
         )
-    return config
+    rope = c.rope_scaling or RopeScaling("default", 1.0)
+    numbers = (c.rope_theta, rope.factor, rope.high_freq_factor - rope.low_freq_factor)
+    if not all(0 < number < math.inf for number in (*numbers, 1 + c.norm_eps)):
+        raise ModelError(
+            f"config.json: rope_theta {c.rope_theta}, rope scaling {rope} and rms_norm_eps "
+            f"{c.norm_eps} do not make a model"
+        )
 
 
 def _refuse_variants(data: Mapping[str, Any]) -> None:
@@ -144,6 +164,13 @@ def _refuse_variants(data: Mapping[str, Any]) -> None:
         raise ModelError("attention_bias is supported for Qwen2ForCausalLM only")
     if data.get("mlp_bias"):
         raise ModelError("mlp_bias is not supported")
+    rope = _rope(data)
+    parts = [name for name, value in rope.items() if isinstance(value, Mapping)]
+    if parts:
+        raise ModelError(f"rope settings of their own for {parts} are not supported")
+    share = rope.get("partial_rotary_factor", data.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise ModelError(f"partial_rotary_factor {share} is not supported; only whole heads are")
 
 
 def _rope(data: Mapping[str, Any]) -> Mapping[str, Any]:
