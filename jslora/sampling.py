@@ -162,8 +162,8 @@ def logprobs(
 
 
 def _finite(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
-    """The maximum is a NaN or an infinity wherever there is one among the logits."""
-    return jnp.isfinite(jnp.max(logits, axis=-1))
+    """The largest magnitude is a NaN or an infinity wherever there is one among the logits."""
+    return jnp.isfinite(jnp.max(jnp.abs(logits), axis=-1))
 
 
 def _adjust(logits: Float[Array, "B V"], slots: Slots, rows: SampleRows) -> Float[Array, "B V"]:
@@ -191,8 +191,7 @@ def _adjust(logits: Float[Array, "B V"], slots: Slots, rows: SampleRows) -> Floa
 def _weights(logits: Float[Array, "B V"], rows: SampleRows) -> Float[Array, "B V"]:
     """Likelihoods at the row's temperature, relative to the likeliest token's."""
     warm = jnp.where(rows.temperature == 0, 1.0, rows.temperature)[:, None]
-    scaled = logits / warm
-    return jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    return jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / warm)
 
 
 def _filter(p: Float[Array, "B V"], rows: SampleRows) -> Float[Array, "B V"]:
@@ -242,14 +241,22 @@ def _inverse_cdf(p: Float[Array, "B V"], uniform: Float[Array, " B"]) -> Int32[A
     """
     B, V = p.shape
     blocks = jnp.pad(p, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
-    ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+    sums = jnp.sum(blocks, axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
     target = uniform * ends[:, -1]
-    block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), ends.shape[1] - 1)
+    block = _first(ends > target[:, None], sums > 0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     before = jnp.take_along_axis(ends, block[:, None], axis=1)[:, 0] - jnp.sum(inside, axis=-1)
     past = before[:, None] + jnp.cumsum(inside, axis=-1) > target[:, None]
-    # Rounding may leave the target a hair past the block's end: then its last possible token.
-    past = past & (inside > 0)
-    last = _BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
-    offset = jnp.where(jnp.any(past, axis=-1), jnp.argmax(past, axis=-1), last)
+    offset = _first(past, inside > 0)
     return (block * _BLOCK + offset).astype(jnp.int32)
+
+
+def _first(past: Bool[Array, "B n"], possible: Bool[Array, "B n"]) -> Int32[Array, " B"]:
+    """Index of the first possible entry that is past the target, or of the last possible one.
+
+    Rounding may make a cumulative sum grow where nothing was added, or end before the target.
+    """
+    past = past & possible
+    last = possible.shape[1] - 1 - jnp.argmax(possible[:, ::-1], axis=-1)
+    return jnp.where(jnp.any(past, axis=-1), jnp.argmax(past, axis=-1), last)

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 def work_shape(tokens: int, *, prefill: bool) -> Shape:
     """Decode batches mix many adapters in a tile; a prefill tile mostly belongs to one."""
-    return Shape(min(tokens, 32), 4 if prefill else 16)
+    return Shape(min(tokens, 32), 8 if prefill else 16)
 
 
 class Block(NamedTuple):

@@ -156,17 +156,14 @@ def expected(
             width = MODEL.widths(module)[1]
             for _, adapter, start, end in parts:
                 if (layer, module) in adapter.factors:
-                    a, b, scale = (np.asarray(f, np.float64) for f in _fields(adapter, layer, module))
-                    delta = scale * (x[start:end].astype(np.float64) @ a.T) @ b.T
+                    factors = adapter.factors[layer, module]
+                    a, b = factors.a.astype(np.float64), factors.b.astype(np.float64)
+                    low = x[start:end].astype(np.float64) @ a.T
+                    delta = float(factors.scale) * low @ b.T
                     after[start:end, column : column + width] += delta
             column += width
         result.append(after)
     return result
-
-
-def _fields(adapter: Adapter, layer: int, module: str) -> tuple:
-    factors = adapter.factors[layer, module]
-    return factors.a, factors.b, factors.scale
 
 
 def check(
