@@ -11,8 +11,9 @@
 Other threads only put commands in the inbox and are called back with events. With look-ahead off
 the results of a step are read before the next is planned; the tokens are the same.
 
-Invariant: a step that raises has lost the donated pool. Then every running request ends with a
+Invariants: a step that raises has lost the donated pool. Then every running request ends with a
 retryable error, the pool is made anew, and adapters come back from the host tier when asked for.
+Every request is told of its end, even by an engine that was closed or could not recover.
 """
 
 import logging
@@ -25,8 +26,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jslora.adapters.store import AdapterStore
-from jslora.adapters.version import Version
-from jslora.errors import EngineFailed, JsloraError, UnknownModel
+from jslora.adapters.version import Version, describe
+from jslora.errors import EngineFailed, JsloraError, Unavailable, UnknownModel
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
 from jslora.request import AdapterInfo, ErrorInfo, Request, Stats, TokenEvent
@@ -42,10 +43,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Retire:
-    """An adapter's name is gone or has a new version."""
-
-    version: Version
+class _NamesChanged:
+    """An adapter's name is gone, has a new version, or is to be pinned."""
 
 
 class EngineCore:
@@ -77,10 +76,12 @@ class EngineCore:
             geometry.drop_page, runner.upload_rows,
         )  # fmt: skip
         self.scheduler = Scheduler(limits, self._pages, self.residency)
-        self._inbox: queue.SimpleQueue[Request | list[str] | _Retire | Future | None] = (
+        self._inbox: queue.SimpleQueue[Request | list[str] | _NamesChanged | Future | None] = (
             queue.SimpleQueue()
         )
-        self._closing = threading.Event()
+        self._nameless: set[str] = set()  # on the device or wanted, and registered no more
+        self._closing, self._ended = threading.Event(), threading.Event()
+        self._last_word: JsloraError = Unavailable("the engine was closed")
         self._steps = self._recoveries = self._ledger_errors = self._failures = 0
         self._step_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -90,31 +91,29 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Queue a request; everything said of it comes through `emit`."""
-        self._inbox.put(request)
+        self._put(request)
 
     def abort(self, ids: list[str]) -> None:
         """Stop requests; events already on their way may still arrive."""
-        self._inbox.put(ids)
+        self._put(ids)
 
     def load_adapter(
         self, name: str, path: str | None = None, replace: bool = False
     ) -> "Future[AdapterInfo]":
         """Read an adapter below the roots and register it; see `AdapterStore.load`."""
-        before = self.store.get(name)
         done: Future[AdapterInfo] = Future()
 
         def finish(loading: "Future[Version]") -> None:
-            error = loading.exception()
-            if error is not None:
+            if loading.cancelled():
+                done.set_exception(self._last_word)
+            elif (error := loading.exception()) is not None:
                 self._failures += 1
                 done.set_exception(error)
-                return
-            version = loading.result()
-            if name in self._pinned_names:
-                self.residency.pinned.add(version.digest)
-            if before is not None and before.digest != version.digest:
-                self._inbox.put(_Retire(before))
-            done.set_result(self.adapter(name))
+            else:
+                if replace or name in self._pinned_names:
+                    self._put(_NamesChanged())
+                info = describe(name, loading.result(), "host")
+                done.set_result(self._with_device_state(info))
 
         self.store.load(name, path, replace).add_done_callback(finish)
         return done
@@ -126,7 +125,8 @@ class EngineCore:
             UnknownModel: no adapter has that name.
         """
         info = self.adapter(name)
-        self._inbox.put(_Retire(self.store.unload(name)))
+        self.store.unload(name)
+        self._put(_NamesChanged())
         return replace(info, state="draining")
 
     def adapters(self) -> list[AdapterInfo]:
@@ -172,31 +172,63 @@ class EngineCore:
         """Run a function between two steps on the engine thread and return what it returns."""
         done: Future[Any] = Future()
         done.call = call  # type: ignore[attr-defined]
-        self._inbox.put(done)
+        self._put(done)
         return done.result()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it serves; False once it was closed or could not recover."""
+        return not self._ended.is_set()
+
     def close(self) -> None:
-        """Stop after the step in flight; requests that still run get no more events."""
+        """Stop after the step in flight; requests that still run or wait end with Unavailable."""
         self._closing.set()
         self._inbox.put(None)
         self._thread.join()
         self.runner.close()
         self.store.close()
 
+    def _put(self, command: Any) -> None:
+        self._inbox.put(command)
+        if self._ended.is_set():  # nobody else looks any more
+            self._refuse_inbox()
+
     # The engine thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            log.critical("the engine ends: it could not recover", exc_info=True)
+            self._last_word = EngineFailed("the engine failed and could not recover")
+        try:
+            ended = [*self.scheduler.failures(), *self.scheduler.fail_all(self._last_word)]
+            self._emit_all(ended)
+        finally:
+            self._ended.set()
+            self._refuse_inbox()
+
+    def _serve(self) -> None:
         inflight: tuple[Plan, Step] | None = None
         while not self._closing.is_set():
-            self._drain_inbox(wait=inflight is None and self.scheduler.idle)
+            self._drain_inbox(wait=inflight is None and self._resting)
             started = time.monotonic()
-            try:
-                inflight = self._turn(inflight)
-            except Exception:  # whatever the device raised: the pool is gone
-                log.exception("a step failed; the pool is made anew")
-                inflight = None
-                self._recover()
+            inflight = self._attempt(inflight)
             self._step_seconds += time.monotonic() - started
+
+    @property
+    def _resting(self) -> bool:
+        """Whether nothing will happen before the next command."""
+        return self.scheduler.idle and not self.residency.loading
+
+    def _attempt(self, inflight: tuple[Plan, Step] | None) -> tuple[Plan, Step] | None:
+        """A turn; if it fails, the way back."""
+        try:
+            return self._turn(inflight)
+        except Exception:  # whatever the device raised: the pool is gone
+            log.exception("a step failed; the pool is made anew")
+        self._recover()
+        return None
 
     def _turn(self, inflight: tuple[Plan, Step] | None) -> tuple[Plan, Step] | None:
         """One step ahead, one step read."""
@@ -211,8 +243,9 @@ class EngineCore:
             self._commit(*inflight)
         if plan is None:
             self._emit_all(self.scheduler.failures())
-            if inflight is None and not self.scheduler.idle:
+            if inflight is None and not self._resting:
                 time.sleep(0.0005)  # an adapter is being read or transferred
+        self._free_nameless()
         return handle
 
     def _commit(self, plan: Plan, step: Step) -> None:
@@ -233,6 +266,13 @@ class EngineCore:
         self.residency.forget_all()
         self.runner.reset()
 
+    def _free_nameless(self) -> None:
+        """Adapters without a name leave once no request holds or waits for them."""
+        if self._nameless:
+            for digest in self._nameless - self.scheduler.digests:
+                self.residency.retire(digest)
+                self._nameless.discard(digest)
+
     def _emit_all(self, events: list[TokenEvent]) -> None:
         if events:
             self._emit(events)
@@ -251,19 +291,45 @@ class EngineCore:
             case Request():
                 try:
                     self.scheduler.add(command, self._version_of(command))
-                except JsloraError as error:
-                    info = ErrorInfo(type=error.type, message=error.message, param=error.param)
-                    self._emit([TokenEvent(id=command.id, error=info)])
+                except Exception as error:  # of any kind: it is this request's alone
+                    self._refuse(command, error)
             case list():
                 self.scheduler.abort(command)
-            case _Retire(version):
-                if version.digest not in self._registered():
-                    self.residency.retire(version.digest)
+            case _NamesChanged():
+                self._sort_out_names()
             case Future():
                 try:
                     command.set_result(command.call())  # type: ignore[attr-defined]
                 except Exception as error:
                     command.set_exception(error)
+
+    def _sort_out_names(self) -> None:
+        versions = {name: self.store.get(name) for name in self.store.names()}
+        named = {name: version.digest for name, version in versions.items() if version}
+        self.residency.pinned = {named[name] for name in self._pinned_names & named.keys()}
+        known = self.residency.residents.keys() | self.scheduler.digests
+        self._nameless = known - {*named.values()}
+
+    def _refuse(self, request: Request, error: Exception) -> None:
+        if isinstance(error, JsloraError):
+            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
+        else:
+            log.error("a request could not be queued", exc_info=error)
+            info = ErrorInfo(type=JsloraError.type, message="the request could not be queued")
+        self._emit([TokenEvent(id=request.id, error=info)])
+
+    def _refuse_inbox(self) -> None:
+        """Answer what comes after the end; from the thread that sent it, or the engine's last."""
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            match command:
+                case Request():
+                    self._refuse(command, self._last_word)
+                case Future():
+                    command.set_exception(self._last_word)
 
     def _version_of(self, request: Request) -> Version | None:
         if request.adapter is None:
@@ -272,7 +338,5 @@ class EngineCore:
         if version is None:
             raise UnknownModel(f"no adapter {request.adapter!r} is registered", param="model")
         self.residency.revive(version.digest)
+        self._nameless.discard(version.digest)
         return version
-
-    def _registered(self) -> set[str]:
-        return {info.digest for info in self.store.info()}

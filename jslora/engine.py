@@ -8,9 +8,11 @@ Every method has an async twin; both only hand requests to the core's thread and
 
 import asyncio
 import itertools
+import operator
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,31 +143,22 @@ class Engine:
         adapter: str | None = None,
     ) -> list[Completion]:
         """`generate` without blocking the event loop; cancelling it aborts the requests."""
-
-        async def one(prompt: Prompt) -> Completion:
-            job = self._job(prompt, params, adapter)
-            async for _ in self._chunks(job):
-                pass
-            return job.completion()
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(prompt)) for prompt in _listed(prompts)]
-        return [task.result() for task in tasks]
+        jobs = [self._job(prompt, params, adapter) for prompt in _listed(prompts)]
+        try:
+            queues = [self._submit_async(job) for job in jobs]
+            for job, events in zip(jobs, queues, strict=True):
+                while not job.done:
+                    job.take(await events.get())
+            return [job.completion() for job in jobs]
+        finally:
+            self._forget(jobs)
 
     async def stream_async(
         self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop."""
-        async for chunk in self._chunks(self._job(prompt, params, adapter)):
-            yield chunk
-
-    async def _chunks(self, job: "_Job") -> AsyncIterator[Chunk]:
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
-
-        def put(event: TokenEvent) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        self._submit(job, put)
+        job = self._job(prompt, params, adapter)
+        events = self._submit_async(job)
         try:
             while not job.done:
                 yield job.take(await events.get())
@@ -178,17 +171,34 @@ class Engine:
             if self.tokenizer is None:
                 raise InvalidRequest("the model has no tokenizer; give token ids", param="prompt")
             prompt = self.tokenizer.encode(prompt)
+        try:
+            ids = tuple(operator.index(token) for token in prompt)
+        except TypeError:
+            raise InvalidRequest("a prompt is a text or token ids", param="prompt") from None
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("the model has no tokenizer; use stop_token_ids", param="stop")
+        if not all(params.stop):
+            raise InvalidRequest("a stop string is empty", param="stop")
         name = adapter if adapter != self.config.model.served_name else None
-        request = Request(
-            id=f"engine-{next(self._ids)}", prompt=tuple(prompt), params=params, adapter=name
-        )
+        request = Request(id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=name)
         return _Job(request, self.tokenizer)
 
     def _submit(self, job: "_Job", sink: Callable[[TokenEvent], None]) -> None:
         self._sinks[job.request.id] = sink
         self.core.submit(job.request)
+
+    def _submit_async(self, job: "_Job") -> asyncio.Queue[TokenEvent]:
+        """Submit a job whose events come to the running loop."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent]()
+
+        def put(event: TokenEvent) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed, so nobody will read on
+                self._forget([job])
+
+        self._submit(job, put)
+        return events
 
     def _forget(self, jobs: "list[_Job]") -> None:
         """Take the sinks away, and abort what was not read to the engine's own end."""
@@ -239,7 +249,7 @@ class Engine:
         return self.core.stats()
 
     def close(self) -> None:
-        """Stop; requests still running end without further events."""
+        """Stop; requests that still run or wait end with Unavailable."""
         self.core.close()
 
 
@@ -271,7 +281,8 @@ class _Job:
             raise error(event.error.message, param=event.error.param)
         text, tokens, logprobs = "", event.tokens, event.logprobs
         reason = event.finish_reason
-        stop: str | int | None = event.stop_token
+        ids = self.request.params.stop_token_ids
+        stop: str | int | None = event.stop_token if event.stop_token in ids else None
         if self._text is not None:
             delta = self._text.push(event)
             text, tokens, logprobs = delta.text, delta.tokens, delta.logprobs
@@ -294,6 +305,6 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several: a text, a list of ids, or a list of either."""
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) > 0 and all(isinstance(part, int) for part in prompts):
+    if len(prompts) > 0 and all(isinstance(part, Integral) for part in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

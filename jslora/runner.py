@@ -118,7 +118,7 @@ class Runner:
         self._uploads = ThreadPoolExecutor(1, "upload")
         self._lora: tuple[Hashable, Work, list[Segment]] | None = None
         self.compile_seconds = 0.0
-        self.reset()
+        self._make_state()
         self._compile(progress)
 
     @property
@@ -127,6 +127,11 @@ class Runner:
 
     def reset(self) -> None:
         """Make the pool and the slots anew; everything they held is gone."""
+        for array in jax.tree.leaves((self.pages, self.slots)):
+            array.delete()  # there is no room for the new pool beside the old one
+        self._make_state()
+
+    def _make_state(self) -> None:
         page = (self.sizes.page_size, 2, self.config.kv_heads, self.config.head_dim)
         self.pages = jnp.zeros((self._pool_rows, *page), self.sizes.dtype)
         self.slots = sampling.new_slots(self.sizes.max_running, self.config.vocab_size)

@@ -7,6 +7,7 @@ standard input closes the parent is gone, and it exits at once. Its exit code te
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from jslora.request import AdapterInfo, ErrorInfo, TokenEvent
 
 PULSE_SECONDS = 1.0
 _POLL_MILLISECONDS = 100
+_LINGER_MILLISECONDS = 2000
 
 log = logging.getLogger("jslora.worker")  # under -m, __name__ is __main__
 
@@ -35,24 +37,25 @@ class Worker:
     """The socket's one thread, and the core it serves."""
 
     def __init__(self, address: str) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.LINGER, 2000)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
         self._socket.connect(address)
         # The socket belongs to the main thread; others hand it news and ring the bell.
         self._news: queue.SimpleQueue[wire.News] = queue.SimpleQueue()
-        self._bell_in: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-        self._bell_out: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._bell_in = self._context.socket(zmq.PAIR)
+        self._bell_out = self._context.socket(zmq.PAIR)
         self._bell_in.bind("inproc://news")
         self._bell_out.connect("inproc://news")
         self._bell_lock = threading.Lock()
+        self._open: set[str] = set()  # requests whose last event was not sent yet
         self._draining = False
         self._told: list[AdapterInfo] | None = None
 
     def tell(self, news: wire.News) -> None:
         """Send a message; from any thread."""
         self._news.put(news)
-        with self._bell_lock:
-            self._bell_out.send(b"")
+        with self._bell_lock, contextlib.suppress(zmq.Again):  # full: it rings already
+            self._bell_out.send(b"", zmq.NOBLOCK)
 
     def tell_progress(self, stage: str, done: int, total: int, note: str) -> None:
         """Report start-up progress; from any thread, sent as soon as the main thread looks."""
@@ -92,9 +95,13 @@ class Worker:
                 type="internal_error", message=f"{type(error).__name__}: {error}"[:500]
             )
         self.tell(wire.Failed(info))
+        return self._leave(exit_code(error))
+
+    def _leave(self, code: int) -> int:
+        """Send all there is to say before the process may end."""
         self._flush()
-        self._socket.close()
-        return exit_code(error)
+        self._context.destroy(linger=_LINGER_MILLISECONDS)
+        return code
 
     def _serve(self) -> int:
         poller = zmq.Poller()
@@ -109,13 +116,10 @@ class Worker:
             if time.monotonic() >= pulse_at:
                 pulse_at = time.monotonic() + PULSE_SECONDS
                 self._pulse()
-            if self._draining and self._core.scheduler.idle:
-                time.sleep(2 * _POLL_MILLISECONDS / 1000)  # the last step's events
-                self._flush()
+            dead, drained = not self._core.alive, self._draining and not self._open
+            if dead or drained:
                 self._core.close()
-                self._flush()
-                self._socket.close()
-                return 0
+                return self._leave(4 if dead else 0)
 
     def _pulse(self) -> None:
         """Statistics, and the adapters if anything about them changed since last told."""
@@ -128,13 +132,18 @@ class Worker:
         while self._bell_in.poll(0):
             self._bell_in.recv()
         while not self._news.empty():
-            self._socket.send(wire.encode(self._news.get()))
+            news = self._news.get()
+            self._socket.send(wire.encode(news))
+            if isinstance(news, wire.Events):
+                self._open -= {event.id for event in news.events if event.last}
 
     def _obey(self, command: wire.Command) -> None:
         match command:
             case wire.Submit(request):
+                self._open.add(request.id)
                 self._core.submit(request)
             case wire.Abort(ids):
+                self._open -= {*ids}
                 self._core.abort(ids)
             case wire.Drain():
                 self._draining = True

@@ -63,9 +63,7 @@ class Residency:
         resident = self.residents.get(version.digest)
         return resident.placement if resident and not resident.uploads else None
 
-    def ensure(
-        self, version: Version, keep: Collection[str], *, last_resort: bool = False
-    ) -> bool:
+    def ensure(self, version: Version, keep: Collection[str], *, last_resort: bool = False) -> bool:
         """Start loading an adapter unless it is here; False if there is no room for it.
 
         Evicts to make room as `make_room` does.

@@ -10,6 +10,7 @@ Invariants: after every commit, pages listed by sequences and adapters are exact
 sequence has a slot and holds its adapter if and only if it runs.
 """
 
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -23,14 +24,8 @@ from jslora.batch import SAMPLERS, RowPlan
 from jslora.errors import AdapterRejected, CorruptOutput, InvalidRequest, JsloraError, Overloaded
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
-from jslora.request import (
-    MAX_LOGIT_BIAS,
-    MAX_STOP_IDS,
-    ErrorInfo,
-    Request,
-    TokenEvent,
-    TokenLogprob,
-)  # fmt: skip
+from jslora.request import ErrorInfo, Request, TokenEvent, TokenLogprob
+from jslora.schedule.admission import check_settings
 from jslora.schedule.sequence import Sequence
 
 PREFETCH = 8
@@ -112,12 +107,12 @@ class Scheduler:
 
     def _check(self, request: Request, version: Version | None) -> None:
         limits, prompt = self.limits, len(request.prompt)
-        total = prompt + request.params.max_tokens
         if request.id in self._by_id:
             raise InvalidRequest(f"request id {request.id!r} is in use", param="request_id")
         if prompt == 0:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        self._check_ids(request)
+        check_settings(request, limits.vocab_size)
+        total = prompt + request.params.max_tokens
         if total > limits.max_model_len:
             raise InvalidRequest(
                 f"{prompt} prompt tokens and max_tokens {request.params.max_tokens} make {total}; "
@@ -135,23 +130,6 @@ class Scheduler:
         tokens_full = bool(self.waiting) and queued + prompt > limits.max_queued_tokens
         if len(self.waiting) >= limits.max_queued or tokens_full:
             raise Overloaded(f"{len(self.waiting)} requests are waiting; the queue is full")
-
-    def _check_ids(self, request: Request) -> None:
-        params, vocab = request.params, self.limits.vocab_size
-        for param, ids in (
-            ("prompt", request.prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", [token for token, _ in params.logit_bias]),
-        ):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
-                bad = next(i for i in ids if not 0 <= i < vocab)
-                raise InvalidRequest(f"token id {bad} is not below {vocab}", param=param)
-        for param, values, most in (
-            ("stop_token_ids", params.stop_token_ids, MAX_STOP_IDS),
-            ("logit_bias", params.logit_bias, MAX_LOGIT_BIAS),
-        ):
-            if len(values) > most:
-                raise InvalidRequest(f"{len(values)} entries; at most {most}", param=param)
 
     def abort(self, ids: Iterable[str]) -> None:
         """Forget requests; nothing more is said of them."""
@@ -177,6 +155,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self._by_id and not self._failed
+
+    @property
+    def digests(self) -> set[str]:
+        """Adapters that its requests hold or wait for."""
+        return {sequence.digest for sequence in self._by_id.values() if sequence.version}
 
     def check(self) -> None:
         """Assert the page ledger (see `PageAllocator.check`) and the slots."""
@@ -351,8 +334,6 @@ class Scheduler:
             sequence.pending -= row.samples
             if sequence.finished:
                 continue
-            self.prompt_tokens += max(0, min(row.position + row.length, sequence.prompt_length)
-                                      - row.position)  # fmt: skip
             event = self._news(sequence, row, b, results)
             if event is not None:
                 events.append(event)
@@ -369,18 +350,21 @@ class Scheduler:
         self, sequence: Sequence, row: RowPlan, b: int, results: Results
     ) -> TokenEvent | None:
         request, params = sequence.request, sequence.request.params
-        if not row.samples:
-            if params.max_tokens == 0 and row.position + row.length == sequence.prompt_length:
-                return TokenEvent(
-                    id=request.id, finish_reason="length", prompt_logprobs=_prompt_scores(sequence)
-                )
+        scored = params.max_tokens == 0 and row.position + row.length == sequence.prompt_length
+        if not (row.samples or scored):
             return None
-        if not results.finite[b]:
+        prompt_logprobs = None
+        if sequence.generated == 0:
+            self.prompt_tokens += sequence.prompt_length
+            prompt_logprobs = _prompt_scores(sequence)
+        if not (_all_finite(prompt_logprobs) and (scored or results.finite[b])):
             self.corrupt += 1
             return _failure(sequence, CorruptOutput("the model's output is not finite"))
+        if scored:
+            return TokenEvent(
+                id=request.id, finish_reason="length", prompt_logprobs=prompt_logprobs
+            )
         token = int(results.tokens[b])
-        first = sequence.generated == 0
-        prompt_logprobs = _prompt_scores(sequence) if first else None
         if self._ends(token, sequence):
             return TokenEvent(
                 id=request.id,
@@ -434,6 +418,10 @@ def _prompt_scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None
     if top is None:
         return None
     return (None, *(_top(sequence.scores[p], top) for p in range(1, sequence.prompt_length)))
+
+
+def _all_finite(scores: tuple[TokenLogprob | None, ...] | None) -> bool:
+    return all(score is None or math.isfinite(score.logprob) for score in scores or ())
 
 
 def _top(score: TokenLogprob, n: int | None) -> TokenLogprob:

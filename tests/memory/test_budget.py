@@ -1,0 +1,117 @@
+"""The memory plan: everything has its share, nothing is promised twice."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jslora.config import EngineConfig, parse
+from jslora.errors import ConfigError
+from jslora.memory.budget import (
+    COARSE,
+    MemoryPlan,
+    gib,
+    host_memory_available,
+    max_model_len,
+    plan_memory,
+)  # fmt: skip
+from jslora.model.config import ModelConfig
+
+GIB = 2**30
+
+# Llama-3-8B.
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM", vocab_size=128256, hidden=4096, layers=32, heads=32,
+    kv_heads=8, head_dim=128, feed_forward=14336, max_positions=8192,
+)  # fmt: skip
+
+
+def configure(**sections: object) -> EngineConfig:
+    return parse({"model": {"source": "m"} | sections.pop("model", {}), **sections})
+
+
+def test_the_numbers_of_a_known_model() -> None:
+    plan = plan_memory(configure(), MODEL, 80 * GIB)
+    assert plan.weights == 2 * 8_030_261_248
+    assert plan.page_bytes == 16 * 128 * 1024, "128 KiB of KV a token"
+    assert plan.slots == 64 * 128256 * 4
+    affordable = int((80 * GIB - plan.weights - plan.slots) * 0.85) // plan.page_bytes
+    assert plan.pages == affordable // COARSE * COARSE > 20000
+    assert plan.pool == plan.pages * plan.page_bytes
+
+
+def test_float32_doubles_weights_and_pages() -> None:
+    half = plan_memory(configure(), MODEL, 200 * GIB)
+    full = plan_memory(configure(model={"dtype": "float32"}), MODEL, 200 * GIB)
+    assert (full.weights, full.page_bytes) == (2 * half.weights, 2 * half.page_bytes)
+
+
+def test_given_pages_are_taken_as_they_are() -> None:
+    plan = plan_memory(configure(pool={"pages": 77, "page_size": 32}), MODEL, 80 * GIB)
+    assert (plan.pages, plan.page_size, plan.page_bytes) == (77, 32, 32 * 128 * 1024)
+
+
+def test_more_memory_than_can_be_used_is_left_alone() -> None:
+    config = configure(
+        scheduler={"max_running": 8}, adapters={"host_cache_bytes": 3 * 2**21 + 1}
+    )  # fmt: skip
+    plan = plan_memory(config, MODEL, 10**15)
+    useful = 8 * (8192 // 16) + 4
+    assert useful - COARSE < plan.pages <= useful
+
+
+@given(
+    st.integers(0, 200 * GIB),
+    st.floats(0.01, 1),
+    st.integers(1, 512),
+    st.sampled_from([8, 16, 32, 64]),
+)
+def test_what_is_planned_fits(available: int, fraction: float, running: int, size: int) -> None:
+    config = configure(
+        pool={"memory_fraction": fraction, "page_size": size}, scheduler={"max_running": running}
+    )
+    try:
+        plan = plan_memory(config, MODEL, available)
+    except ConfigError as error:
+        left = available - 2 * MODEL.parameters - running * MODEL.vocab_size * 4
+        assert left * fraction < 2 * 2 * size * 64 * 1024, "a page beside the null page would fit"
+        assert gib(available) in error.message
+        return
+    assert plan.pages >= 2
+    assert plan.weights + plan.slots + plan.pool <= available
+    assert plan.pages < COARSE or plan.pages % COARSE == 0
+
+
+def test_too_little_memory_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"8\.00 GiB of memory leave no page beside 14\.96 GiB"):
+        plan_memory(configure(), MODEL, 8 * GIB)
+
+
+def test_the_longest_sequence_is_the_models_or_what_was_asked_for() -> None:
+    assert max_model_len(configure(), MODEL) == 8192
+    assert max_model_len(configure(model={"max_model_len": 100}), MODEL) == 100
+    assert max_model_len(configure(model={"max_model_len": 8192}), MODEL) == 8192
+    with pytest.raises(ConfigError, match=r"max_model_len is 8193; the model was made for 8192"):
+        plan_memory(configure(model={"max_model_len": 8193}), MODEL, 80 * GIB)
+
+
+def test_the_report_says_what_was_planned() -> None:
+    plan = MemoryPlan(
+        available=3 * GIB, weights=300 * 2**20, slots=2**20, page_bytes=360 * 1024, pages=1024,
+        page_size=16, host_cache=GIB, max_model_len=2048,
+    )  # fmt: skip
+    lines = [line.split("  ") for line in plan.report().splitlines()]
+    found = {words[0] or words[1]: words[-1].strip() for words in lines}
+    assert found == {
+        "memory available to the device": "3.00 GiB",
+        "weights": "300.0 MiB",
+        "per-slot sampling state": "1.0 MiB",
+        "pool (KV cache and adapters)": "360.0 MiB",
+        "1024 pages of 16 tokens": "0.4 MiB",
+        "tokens, were no adapter loaded": "16,368",
+        "host memory for packed adapters, at most": "1.00 GiB",
+        "longest sequence": "2,048 tokens",
+    }
+
+
+def test_this_machine_has_memory() -> None:
+    assert 2**20 < host_memory_available() < 2**50
