@@ -123,7 +123,7 @@ class AdapterInfo:
 
     Attributes:
         digest: sha256 over tensor bytes and the configuration fields that change outputs.
-        state: "loading", "host", "device", "draining" or "failed".
+        state: "registered" (on disk only), "loading", "host", "device", "draining" or "failed".
         modules: target module -> (lowest rank, highest rank, scale) over the layers.
         pages: pages it takes on the device; the same ids in every layer.
         padding: share of those pages' numbers that hold no weight.

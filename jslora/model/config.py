@@ -153,8 +153,10 @@ def _refuse_variants(data: Mapping[str, Any]) -> None:
         raise ModelError("config.json asks for remote code (auto_map); it is never run")
     if data.get("hidden_act", "silu") != "silu":
         raise ModelError(f"hidden_act {data['hidden_act']!r} is not supported; only silu is")
-    window = data.get("sliding_window")
-    windowed = data.get("use_sliding_window", data["architectures"][0] == "MistralForCausalLM")
+    mistral = data["architectures"][0] == "MistralForCausalLM"
+    # What transformers assumes of a file that does not say.
+    window = data.get("sliding_window", 4096)
+    windowed = data.get("use_sliding_window", mistral)
     if window and windowed and window < data.get("max_position_embeddings", 2048):
         raise ModelError(f"sliding_window {window} is not supported; only full attention is")
     kinds = set(data.get("layer_types") or ["full_attention"])

@@ -205,15 +205,15 @@ class Scheduler:
                     break
                 if not ready:
                     continue
-            n = min(self._remaining(sequence), budget)
-            need = self._pages_for(sequence.computed + n)
+            # Room for all it has, or it would start only to be preempted halfway.
+            need = self._pages_for(len(sequence.tokens))
             if not self.residency.make_room(
                 need, {*keep, sequence.digest}, last_resort=self._nothing_moves
             ):
                 break
             self._start(sequence, need)
             started.append(sequence)
-            budget -= n
+            budget -= self._remaining(sequence)
         return started
 
     @property
@@ -282,10 +282,8 @@ class Scheduler:
         sequences = [sequence for sequence, _ in planned]
         scores = []
         for b, (sequence, n) in enumerate(planned):
-            first, last = (
-                sequence.computed + 1,
-                min(sequence.computed + n, sequence.prompt_length - 1),
-            )
+            first = sequence.computed + 1
+            last = min(sequence.computed + n, sequence.prompt_length - 1)
             if sequence.request.params.prompt_logprobs is not None and last >= first:
                 scores.append((b, first, last))
             sequence.computed += n

@@ -39,6 +39,14 @@ def test_the_numbers_of_a_known_model() -> None:
     assert plan.pool == plan.pages * plan.page_bytes
 
 
+def test_weights_and_slots_come_first() -> None:
+    config = configure(pool={"memory_fraction": 1})
+    fixed = 2 * MODEL.parameters + 64 * 128256 * 4
+    page = 16 * 128 * 1024
+    assert plan_memory(config, MODEL, fixed + 5 * page).pages == 5
+    assert plan_memory(config, MODEL, fixed + 5 * page - 1).pages == 4
+
+
 def test_float32_doubles_weights_and_pages() -> None:
     half = plan_memory(configure(), MODEL, 200 * GIB)
     full = plan_memory(configure(model={"dtype": "float32"}), MODEL, 200 * GIB)

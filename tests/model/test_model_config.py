@@ -186,6 +186,12 @@ def test_sliding_windows_that_take_effect(data: dict[str, Any], served: bool) ->
         assert refused(data) == "sliding_window 1024 is not supported; only full attention is"
 
 
+def test_a_mistral_that_does_not_say_has_a_window() -> None:
+    silent = named("MistralForCausalLM", max_position_embeddings=32768)
+    assert refused(silent) == "sliding_window 4096 is not supported; only full attention is"
+    from_hf(silent | {"sliding_window": None})
+
+
 def test_layers_that_attend_in_part() -> None:
     from_hf(LLAMA | {"layer_types": ["full_attention"] * 3})
     message = refused(LLAMA | {"layer_types": ["full_attention", "sliding_attention"]})

@@ -1,5 +1,6 @@
 """The scheduler with the real allocator and residency, before a device that notices everything."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -29,6 +30,7 @@ class Engine:
     """The engine's loop (see `jslora.core`) around a fake device; every step is checked.
 
     Attributes:
+        drawn: tokens drawn on the device for each request.
         transfers: how many uploads become done before each turn, for ever repeated.
         lookahead: whether a step is planned before the one before it is read.
     """
@@ -46,6 +48,7 @@ class Engine:
         self.device = FakeDevice(limits, pages)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
+        self.drawn = Counter[str]()
         self.inflight: tuple[Plan, Results] | None = None
         self._transfers, self._lookahead = cycle(transfers), lookahead
 
@@ -62,6 +65,8 @@ class Engine:
         for chunk in self.residency.writes(4):
             self.device.write(chunk)
         plan = self.scheduler.plan()
+        for sequence in self.scheduler.waiting:
+            assert not sequence.pending, "it was preempted before its token was read"
         if plan:
             self.check_host_tokens(plan)
         results = self.device.execute(plan) if plan else None
@@ -85,6 +90,7 @@ class Engine:
             end = row.position + len(row.tokens)
             assert list(row.tokens) == known[row.position : end]
             assert not row.fed or end == len(known)
+            self.drawn[request.id] += row.samples
 
     def take(self, events: list[TokenEvent]) -> None:
         for news in events:
@@ -260,6 +266,8 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
             assert answer.tokens == expected.tokens[: len(answer.tokens)]
         else:
             assert answer == expected
+            if answer.end == "length":
+                assert engine.drawn[name] == len(answer.tokens), "no token is drawn in vain"
     assert rejected <= len(trace.refused)
     assert not engine.scheduler.running and not engine.scheduler.waiting
     residents = engine.residency.residents.values()
@@ -384,6 +392,16 @@ def test_a_long_prompt_delays_no_stream() -> None:
     engine.add(make_request("b", 30, LONG))
     steps = [in_step(engine.turn()) for _ in range(6)]
     assert steps == [*[{"a": 1, "b": 7}] * 4, {"a": 1, "b": 2}, {"a": 1, "b": 1}]
+
+
+def test_an_older_prompt_delays_no_stream_either() -> None:
+    engine = Engine()
+    engine.residency.store.delays["001"] = 1
+    engine.add(make_request("a", 30, LONG), make_version(1, 1))
+    engine.add(make_request("b", 3, LONG))
+    steps = [in_step(engine.turn()) for _ in range(6)]
+    assert [step["b"] for step in steps] == [3, 1, 1, 1, 1, 1]
+    assert steps[3]["a"] == 7
 
 
 def test_those_who_came_first_start_first() -> None:
