@@ -10,7 +10,6 @@ Invariants: after every commit, pages listed by sequences and adapters are exact
 sequence has a slot and holds its adapter if and only if it runs.
 """
 
-import math
 import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
@@ -24,8 +23,9 @@ from jslora.batch import SAMPLERS, RowPlan
 from jslora.errors import AdapterRejected, CorruptOutput, InvalidRequest, JsloraError, Overloaded
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
-from jslora.request import ErrorInfo, Request, TokenEvent, TokenLogprob
+from jslora.request import Request, TokenEvent, TokenLogprob
 from jslora.schedule.admission import check_settings
+from jslora.schedule.events import all_finite, failure, prompt_scores, shortened
 from jslora.schedule.sequence import Sequence
 
 PREFETCH = 8
@@ -143,14 +143,14 @@ class Scheduler:
         found = list(self._by_id.values())
         for sequence in found:
             self._finish(sequence)
-        return [_failure(sequence, error) for sequence in found]
+        return [failure(sequence, error) for sequence in found]
 
     def fail_running(self, error: JsloraError) -> list[TokenEvent]:
         """End what runs with an error; what waits stays."""
         found = list(self.running)
         for sequence in found:
             self._finish(sequence)
-        return [_failure(sequence, error) for sequence in found]
+        return [failure(sequence, error) for sequence in found]
 
     @property
     def idle(self) -> bool:
@@ -230,7 +230,7 @@ class Scheduler:
                 return None
         except AdapterRejected as error:
             self._finish(sequence)
-            self._failed.append(_failure(sequence, error))
+            self._failed.append(failure(sequence, error))
             return False
         keep.add(version.digest)
         return self.residency.placement(version) is not None
@@ -354,10 +354,10 @@ class Scheduler:
         prompt_logprobs = None
         if sequence.generated == 0:
             self.prompt_tokens += sequence.prompt_length
-            prompt_logprobs = _prompt_scores(sequence)
-        if not (_all_finite(prompt_logprobs) and (scored or results.finite[b])):
+            prompt_logprobs = prompt_scores(sequence)
+        if not (all_finite(prompt_logprobs) and (scored or results.finite[b])):
             self.corrupt += 1
-            return _failure(sequence, CorruptOutput("the model's output is not finite"))
+            return failure(sequence, CorruptOutput("the model's output is not finite"))
         if scored:
             return TokenEvent(
                 id=request.id, finish_reason="length", prompt_logprobs=prompt_logprobs
@@ -376,7 +376,7 @@ class Scheduler:
         return TokenEvent(
             id=request.id,
             tokens=(token,),
-            logprobs=(_top(results.logprob(b), params.logprobs),) if asked else (),
+            logprobs=(shortened(results.logprob(b), params.logprobs),) if asked else (),
             finish_reason="length" if sequence.generated >= params.max_tokens else None,
             prompt_logprobs=prompt_logprobs,
         )
@@ -409,25 +409,3 @@ class Scheduler:
 
     def adapters_of(self, sequences: Collection[Sequence]) -> tuple[str, ...]:
         return tuple(sorted({s.request.adapter for s in sequences if s.request.adapter}))
-
-
-def _prompt_scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-    top = sequence.request.params.prompt_logprobs
-    if top is None:
-        return None
-    return (None, *(_top(sequence.scores[p], top) for p in range(1, sequence.prompt_length)))
-
-
-def _all_finite(scores: tuple[TokenLogprob | None, ...] | None) -> bool:
-    return all(score is None or math.isfinite(score.logprob) for score in scores or ())
-
-
-def _top(score: TokenLogprob, n: int | None) -> TokenLogprob:
-    return TokenLogprob(
-        token=score.token, logprob=score.logprob, rank=score.rank, top=score.top[: n or 0]
-    )
-
-
-def _failure(sequence: Sequence, error: JsloraError) -> TokenEvent:
-    info = ErrorInfo(type=error.type, message=error.message, param=error.param)
-    return TokenEvent(id=sequence.request.id, error=info)
