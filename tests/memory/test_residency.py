@@ -27,7 +27,8 @@ CHUNK = 4
 
 
 def make_residency(total: int = TOTAL, chunk: int = CHUNK) -> Residency:
-    return Residency(PageAllocator(total), FakeStore(), FakeUploads(), LAYERS, total, DROP, chunk)
+    beyond = DROP + LAYERS * (total - TOTAL)  # a row past the pool, whatever its size
+    return Residency(PageAllocator(total), FakeStore(), FakeUploads(), LAYERS, total, beyond, chunk)
 
 
 def load(residency: Residency, number: int, n_pages: int) -> None:
