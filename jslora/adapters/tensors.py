@@ -87,8 +87,9 @@ def _span(name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], int, int
     shown = printable(name)
     if not name.isascii():
         raise AdapterRejected(f"tensor {shown} has a name that is not ASCII")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise AdapterRejected(f"tensor {shown} lacks exactly dtype, shape and data_offsets")
+    # The library passes over further fields, so they are no reason to refuse a file.
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise AdapterRejected(f"tensor {shown} lacks one of dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise AdapterRejected(
