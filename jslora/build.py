@@ -7,7 +7,6 @@ slow begins.
 import hashlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jslora import __version__
+from jslora.adapters.cache import PackedCache
 from jslora.adapters.peft import Limits as AdapterLimits
 from jslora.adapters.store import AdapterStore
 from jslora.config import EngineConfig
@@ -27,7 +27,7 @@ from jslora.model.weights import dummy_weights, load_weights
 from jslora.progress import Progress
 from jslora.request import EngineInfo
 from jslora.runner import Runner, RunnerConfig, page_numbers
-from jslora.schedule.scheduler import Limits
+from jslora.schedule.plan import Limits
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +84,22 @@ def build_core(
         dtype=dtype,
     )
     runner = Runner(model, weights, sizes, progress)
+    numbers = page_numbers(model, plan.page_size)
     store = AdapterStore(
         config.adapters.roots,
         model,
-        page_numbers(model, plan.page_size),
+        numbers,
         np.dtype(dtype),
         AdapterLimits(config.adapters.max_rank, config.adapters.max_file_bytes, plan.pages - 2),
         config.adapters.host_cache_bytes,
         config.model.served_name,
+        PackedCache(
+            config.cache_dir / "adapters",
+            model,
+            numbers,
+            np.dtype(dtype),
+            config.adapters.disk_cache_bytes,
+        ),
     )
     limits = Limits(
         max_running=config.scheduler.max_running,
@@ -103,12 +111,13 @@ def build_core(
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
     )
+    _register(store, config, progress)
     core = EngineCore(
         runner, store, limits, emit,
-        lookahead=config.scheduler.lookahead, pinned=set(config.adapters.pinned),
+        lookahead=config.scheduler.lookahead, prefix_cache=config.pool.prefix_cache,
+        pinned=set(config.adapters.pinned), drain_seconds=config.adapters.drain_seconds,
         check_ledger=check_ledger,
     )  # fmt: skip
-    _preload(core, config, progress)
     info = EngineInfo(
         model_name=config.model.served_name,
         max_model_len=plan.max_model_len,
@@ -118,7 +127,7 @@ def build_core(
         pages=plan.pages,
         fingerprint=_fingerprint(config),
         device=jax.devices()[0].device_kind,
-        adapters=tuple(core.adapters()),
+        adapters=tuple(core.adapters.registered().values()),
     )
     return core, info
 
@@ -134,20 +143,19 @@ def _weights(
     return load_weights(folder, model, dtype, place, progress=progress)
 
 
-def _preload(core: EngineCore, config: EngineConfig, progress: Progress) -> None:
+def _register(store: AdapterStore, config: EngineConfig, progress: Progress) -> None:
     """Register the configured adapters; a bad one is reported and left out."""
     if config.adapters.preload == "none":
         return
-    found = core.store.discover()
+    found = store.discover()
     names = list(found) if config.adapters.preload == "all" else config.adapters.preload
     progress("adapters", 0, len(names), "")
-    loading = {core.load_adapter(name): name for name in names}
-    for done, future in enumerate(as_completed(loading), start=1):
+    for done, name in enumerate(names, start=1):
         try:
-            future.result()
+            store.register(name)
         except JsloraError as error:
-            log.warning("adapter %s is not served: %s", loading[future], error.message)
-        progress("adapters", done, len(names), loading[future])
+            log.warning("adapter %s is not served: %s", name, error.message)
+        progress("adapters", done, len(names), name)
 
 
 def _fingerprint(config: EngineConfig) -> str:

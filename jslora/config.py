@@ -58,6 +58,7 @@ class PoolSection(_Section):
     page_size: Literal[8, 16, 32, 64] = 16
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.85
     pages: Annotated[int, Field(ge=2)] | None = None
+    prefix_cache: bool = True
 
 
 class SyntheticAdapters(_Section):
@@ -71,7 +72,10 @@ class SyntheticAdapters(_Section):
 
 
 class AdaptersSection(_Section):
-    """`roots`: nothing outside them opens. `preload`: "all" folders below them, or names."""
+    """`roots`: nothing outside them opens. `preload`: "all" folders below them, or names.
+
+    `drain_seconds`: how long an unload waits for the requests that hold the adapter.
+    """
 
     roots: list[UserPath] = []
     preload: Literal["all", "none"] | list[Annotated[str, Field(pattern=rf"^{NAME}$")]] = "all"
@@ -79,6 +83,8 @@ class AdaptersSection(_Section):
     runtime_loading: bool = True
     max_file_bytes: Bytes = 2 * 2**30
     host_cache_bytes: Bytes = 4 * 2**30
+    disk_cache_bytes: Bytes = 32 * 2**30
+    drain_seconds: Annotated[float, Field(ge=0)] = 30
     max_rank: Annotated[int, Field(ge=1, le=512)] = 512
     synthetic: SyntheticAdapters | None = None
 

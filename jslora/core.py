@@ -22,20 +22,31 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from jslora.adapters.registration import Registration
 from jslora.adapters.store import AdapterStore
-from jslora.adapters.version import Version, describe
-from jslora.errors import EngineFailed, JsloraError, Unavailable, UnknownModel
+from jslora.errors import EngineFailed, JsloraError, Unavailable
+from jslora.lifecycle import Lifecycle
 from jslora.memory.pages import PageAllocator
+from jslora.memory.prefix import PrefixCache
 from jslora.memory.residency import Residency
-from jslora.request import AdapterInfo, ErrorInfo, Request, Stats, TokenEvent
+from jslora.memory.room import Room
+from jslora.memory.worth import Clock
+from jslora.request import ErrorInfo, Request, Stats, TokenEvent
 from jslora.runner import Runner, Step
-from jslora.schedule.scheduler import Limits, Plan, Scheduler
+from jslora.schedule.plan import Limits, Plan
+from jslora.schedule.scheduler import PREFETCH, Scheduler
 
-WRITES_PER_STEP = 4
+WRITES_PER_STEP = 16
 """Uploaded chunks written into the pool between two steps."""
+
+PATIENCE = 0.002
+"""Seconds a step may wait for a transfer: what comes later waits for a whole step."""
+
+NAP = 0.0005
+"""Seconds between two looks at a transfer or a read while there is nothing else to do."""
 
 Emit = Callable[[list[TokenEvent]], None]
 
@@ -43,8 +54,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _NamesChanged:
-    """An adapter's name is gone, has a new version, or is to be pinned."""
+class _Arrival:
+    """A request and the adapter it was bound to when it was sent."""
+
+    request: Request
+    registration: Registration | None
 
 
 class EngineCore:
@@ -63,108 +77,76 @@ class EngineCore:
         emit: Emit,
         *,
         lookahead: bool = True,
+        prefix_cache: bool = True,
         pinned: set[str] | None = None,
+        drain_seconds: float = 30.0,
         check_ledger: bool = False,
     ) -> None:
         self.runner, self.store = runner, store
         self._emit, self._lookahead, self._check_ledger = emit, lookahead, check_ledger
-        self._pinned_names = pinned or set()
-        geometry = runner.geometry
+        geometry, clock = runner.geometry, Clock()
         self._pages = PageAllocator(geometry.pages)
+        self.prefix = PrefixCache(self._pages, clock, enabled=prefix_cache)
         self.residency = Residency(
-            self._pages, store, runner.upload, geometry.layers, geometry.pages,
+            self._pages, clock, runner.upload, geometry.layers, geometry.pages,
             geometry.drop_page, runner.upload_rows,
         )  # fmt: skip
-        self.scheduler = Scheduler(limits, self._pages, self.residency)
-        self._inbox: queue.SimpleQueue[Request | list[str] | _NamesChanged | Future | None] = (
-            queue.SimpleQueue()
-        )
-        self._nameless: set[str] = set()  # on the device or wanted, and registered no more
+        room = Room(self._pages, self.prefix, self.residency)
+        self.scheduler = Scheduler(limits, room, store)
+        self._inbox: queue.SimpleQueue[_Arrival | list[str] | Future | None] = queue.SimpleQueue()
+        self.adapters = Lifecycle(
+            store, room, self.scheduler, lambda: self._inbox.put(None),
+            pinned=pinned or set(), drain_seconds=drain_seconds,
+        )  # fmt: skip
         self._closing, self._ended = threading.Event(), threading.Event()
         self._last_word: JsloraError = Unavailable("the engine was closed")
-        self._steps = self._recoveries = self._ledger_errors = self._failures = 0
-        self._step_seconds = 0.0
+        self._steps = self._recoveries = self._ledger_errors = 0
+        self._step_seconds = self._read_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     # Called from any thread ----------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Queue a request; everything said of it comes through `emit`."""
-        self._put(request)
+        """Queue a request; everything said of it comes through `emit`.
+
+        It is bound to what its adapter's name means now, whatever happens to the name later.
+        """
+        registration = None
+        if request.adapter is not None:
+            try:
+                registration = self.store.bind(request.adapter)
+            except JsloraError as error:
+                self._refuse(request, error)
+                return
+            if len(self.scheduler.waiting) < PREFETCH:  # or it would push out what is needed sooner
+                self.store.prefetch(registration)
+        self._put(_Arrival(request, registration))
 
     def abort(self, ids: list[str]) -> None:
         """Stop requests; events already on their way may still arrive."""
         self._put(ids)
 
-    def load_adapter(
-        self, name: str, path: str | None = None, replace: bool = False
-    ) -> "Future[AdapterInfo]":
-        """Read an adapter below the roots and register it; see `AdapterStore.load`."""
-        done: Future[AdapterInfo] = Future()
-
-        def finish(loading: "Future[Version]") -> None:
-            if loading.cancelled():
-                done.set_exception(self._last_word)
-            elif (error := loading.exception()) is not None:
-                self._failures += 1
-                done.set_exception(error)
-            else:
-                if replace or name in self._pinned_names:
-                    self._put(_NamesChanged())
-                info = describe(name, loading.result(), "host")
-                done.set_result(self._with_device_state(info))
-
-        self.store.load(name, path, replace).add_done_callback(finish)
-        return done
-
-    def unload_adapter(self, name: str) -> AdapterInfo:
-        """Take a name away; requests that hold the adapter finish, then its pages are freed.
-
-        Raises:
-            UnknownModel: no adapter has that name.
-        """
-        info = self.adapter(name)
-        self.store.unload(name)
-        self._put(_NamesChanged())
-        return replace(info, state="draining")
-
-    def adapters(self) -> list[AdapterInfo]:
-        """Everything registered, with where it is and how many requests it serves."""
-        return [self._with_device_state(info) for info in self.store.info()]
-
-    def adapter(self, name: str) -> AdapterInfo:
-        """One adapter's report.
-
-        Raises:
-            UnknownModel: no adapter has that name.
-        """
-        for info in self.store.info():
-            if info.name == name:
-                return self._with_device_state(info)
-        raise UnknownModel(f"no adapter {name!r} is registered", param="model")
-
-    def _with_device_state(self, info: AdapterInfo) -> AdapterInfo:
-        resident = self.residency.residents.get(info.digest)
-        if resident is None or info.state == "failed":
-            return info
-        state = "loading" if resident.uploads else "device"
-        return replace(info, state=state, in_flight=resident.users)
-
     def stats(self) -> Stats:
         """Counters and gauges, read without stopping the engine."""
-        s, r = self.scheduler, self.residency
+        s, r, p, store = self.scheduler, self.residency, self.prefix, self.store.stats
         running, waiting = list(s.running), list(s.waiting)
         adapters = sum(len(resident.placement.pages) for resident in list(r.residents.values()))
-        used = self._pages.total - 1 - self._pages.free
+        used, cached = self._pages.total - 1 - self._pages.free, p.idle
         return Stats(
             running=len(running), waiting=len(waiting), pages_total=self._pages.total - 1,
-            pages_free=self._pages.free, pages_kv=max(0, used - adapters), pages_adapters=adapters,
+            pages_free=self._pages.free, pages_kv=max(0, used - adapters - cached),
+            pages_cached=cached, pages_adapters=adapters,
             ledger_errors=self._ledger_errors, steps=self._steps, step_seconds=self._step_seconds,
             prompt_tokens=s.prompt_tokens, generated_tokens=s.generated_tokens,
+            prefix_asked_tokens=s.asked_tokens, prefix_hit_tokens=s.hit_tokens,
+            prefix_evictions=p.evictions,
             preemptions=s.preemptions, corrupt_requests=s.corrupt, recoveries=self._recoveries,
             compilations=self.runner.compilations, compile_seconds=self.runner.compile_seconds,
-            adapter_loads=r.loads, adapter_evictions=r.evictions, adapter_failures=self._failures,
+            adapters_registered=len(self.adapters.registered()), adapters_host=store.host_count,
+            adapters_device=len(r.residents), host_bytes=store.host_bytes,
+            adapter_loads=r.loads, adapter_evictions=r.evictions,
+            adapter_failures=store.failures, adapter_seconds=store.seconds,
             running_adapters=s.adapters_of(running), waiting_adapters=s.adapters_of(waiting),
         )  # fmt: skip
 
@@ -206,6 +188,7 @@ class EngineCore:
             self._emit_all(ended)
         finally:
             self._ended.set()
+            self.adapters.close(self._last_word)
             self._refuse_inbox()
 
     def _serve(self) -> None:
@@ -219,7 +202,7 @@ class EngineCore:
     @property
     def _resting(self) -> bool:
         """Whether nothing will happen before the next command."""
-        return self.scheduler.idle and not self.residency.loading
+        return self.scheduler.idle and self.adapters.resting and not self.residency.loading
 
     def _attempt(self, inflight: tuple[Plan, Step] | None) -> tuple[Plan, Step] | None:
         """A turn; if it fails, the way back."""
@@ -235,7 +218,9 @@ class EngineCore:
         if inflight and not self._lookahead:
             self._commit(*inflight)
             inflight = None
-        for chunk in self.residency.writes(WRITES_PER_STEP):
+        self.scheduler.fetch()
+        self.adapters.bring_pinned()
+        for chunk in self.residency.writes(WRITES_PER_STEP, PATIENCE):
             self.runner.write(chunk)
         plan = self.scheduler.plan()
         handle = (plan, self.runner.execute(plan)) if plan else None
@@ -244,12 +229,13 @@ class EngineCore:
         if plan is None:
             self._emit_all(self.scheduler.failures())
             if inflight is None and not self._resting:
-                time.sleep(0.0005)  # an adapter is being read or transferred
-        self._free_nameless()
+                time.sleep(NAP)  # an adapter is being read or transferred
+        self._emit_all(self.adapters.bury())
         return handle
 
     def _commit(self, plan: Plan, step: Step) -> None:
         events = self.scheduler.commit(plan, step.wait())
+        self._time(plan)
         self._steps += 1
         self._emit_all(events)
         if self._check_ledger:
@@ -262,16 +248,18 @@ class EngineCore:
     def _recover(self) -> None:
         self._recoveries += 1
         error = EngineFailed("the step that served this request failed; send it again")
-        self._emit_all(self.scheduler.fail_running(error))
+        self._emit_all(self.scheduler.fail(self.scheduler.running, error))
         self.residency.forget_all()
+        self.prefix.clear()
         self.runner.reset()
 
-    def _free_nameless(self) -> None:
-        """Adapters without a name leave once no request holds or waits for them."""
-        if self._nameless:
-            for digest in self._nameless - self.scheduler.digests:
-                self.residency.retire(digest)
-                self._nameless.discard(digest)
+    def _time(self, plan: Plan) -> None:
+        """Learn what computing a page takes, from steps that mostly do that."""
+        before, self._read_at = self._read_at, time.monotonic()
+        tokens = sum(row.length for row in plan.rows)
+        if tokens >= 2 * len(plan.rows) and before:
+            page = self.scheduler.limits.page_size / tokens
+            self.prefix.kind.took((self._read_at - before) * page)
 
     def _emit_all(self, events: list[TokenEvent]) -> None:
         if events:
@@ -288,29 +276,24 @@ class EngineCore:
 
     def _obey(self, command: Any) -> None:
         match command:
-            case Request():
+            case _Arrival(request, registration):
                 try:
-                    self.scheduler.add(command, self._version_of(command))
+                    self.scheduler.add(request, registration)
                 except Exception as error:  # of any kind: it is this request's alone
-                    self._refuse(command, error)
+                    self._refuse(request, error, registration)
             case list():
                 self.scheduler.abort(command)
-            case _NamesChanged():
-                self._sort_out_names()
             case Future():
                 try:
                     command.set_result(command.call())  # type: ignore[attr-defined]
                 except Exception as error:
                     command.set_exception(error)
 
-    def _sort_out_names(self) -> None:
-        versions = {name: self.store.get(name) for name in self.store.names()}
-        named = {name: version.digest for name, version in versions.items() if version}
-        self.residency.pinned = {named[name] for name in self._pinned_names & named.keys()}
-        known = self.residency.residents.keys() | self.scheduler.digests
-        self._nameless = known - {*named.values()}
-
-    def _refuse(self, request: Request, error: Exception) -> None:
+    def _refuse(
+        self, request: Request, error: Exception, registration: Registration | None = None
+    ) -> None:
+        if registration is not None:
+            self.store.release(registration)
         if isinstance(error, JsloraError):
             info = ErrorInfo(type=error.type, message=error.message, param=error.param)
         else:
@@ -326,17 +309,7 @@ class EngineCore:
             except queue.Empty:
                 return
             match command:
-                case Request():
-                    self._refuse(command, self._last_word)
+                case _Arrival(request, registration):
+                    self._refuse(request, self._last_word, registration)
                 case Future():
                     command.set_exception(self._last_word)
-
-    def _version_of(self, request: Request) -> Version | None:
-        if request.adapter is None:
-            return None
-        version = self.store.get(request.adapter)
-        if version is None:
-            raise UnknownModel(f"no adapter {request.adapter!r} is registered", param="model")
-        self.residency.revive(version.digest)
-        self._nameless.discard(version.digest)
-        return version

@@ -10,15 +10,18 @@ import asyncio
 import itertools
 import operator
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
+from jslora.aliases import AliasTable
 from jslora.build import build_core, model_folder
-from jslora.config import EngineConfig, load, parse
-from jslora.errors import BY_TYPE, InvalidRequest, JsloraError
+from jslora.config import NAME, EngineConfig, load, parse
+from jslora.errors import BY_TYPE, AdapterRejected, InvalidRequest, JsloraError, UnknownModel
 from jslora.progress import Progress, silent
 from jslora.request import (
     AdapterInfo,
@@ -43,6 +46,7 @@ class Completion:
         tokens: generated ids, the end token left out.
         finish_reason: "stop" or "length".
         stop_reason: the stop string or id that ended it, if one of the request's did.
+        cached_tokens: leading prompt tokens that were in the prefix cache.
     """
 
     text: str
@@ -50,6 +54,7 @@ class Completion:
     prompt: tuple[int, ...]
     finish_reason: str
     stop_reason: str | int | None = None
+    cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
@@ -92,6 +97,7 @@ class Engine:
         self.tokenizer = Tokenizer(folder) if folder is not None and has_text else None
         self._sinks: dict[str, Callable[[TokenEvent], None]] = {}
         self._ids = itertools.count()
+        self._aliases = AliasTable()
         self.core, self.info = build_core(
             config, folder, self._dispatch, progress, check_ledger=check_ledger
         )
@@ -109,14 +115,20 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         adapter: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Answer prompts (texts or token ids), all in one batch.
+
+        Args:
+            adapter: name of an adapter or an alias; None is the base model.
+            cache_salt: prompts share cached pages only with those of the same salt.
 
         Raises:
             InvalidRequest, UnknownModel, EngineFailed, CorruptOutput: as the first prompt's error;
                 the other prompts are aborted.
         """
-        jobs = [self._job(prompt, params, adapter) for prompt in _listed(prompts)]
+        jobs = self._jobs(prompts, params, adapter, cache_salt)
         try:
             for job in jobs:
                 self._submit(job, job.events.put)
@@ -125,10 +137,15 @@ class Engine:
             self._forget(jobs)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; closing the iterator aborts it."""
-        job = self._job(prompt, params, adapter)
+        job = self._job(prompt, params, self._resolve(adapter), cache_salt)
         self._submit(job, job.events.put)
         try:
             while not job.done:
@@ -141,9 +158,11 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         adapter: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """`generate` without blocking the event loop; cancelling it aborts the requests."""
-        jobs = [self._job(prompt, params, adapter) for prompt in _listed(prompts)]
+        jobs = self._jobs(prompts, params, adapter, cache_salt)
         try:
             queues = [self._submit_async(job) for job in jobs]
             for job, events in zip(jobs, queues, strict=True):
@@ -154,10 +173,15 @@ class Engine:
             self._forget(jobs)
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        *,
+        cache_salt: str = "",
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop."""
-        job = self._job(prompt, params, adapter)
+        job = self._job(prompt, params, self._resolve(adapter), cache_salt)
         events = self._submit_async(job)
         try:
             while not job.done:
@@ -165,7 +189,23 @@ class Engine:
         finally:
             self._forget([job])
 
-    def _job(self, prompt: Prompt, params: SamplingParams | None, adapter: str | None) -> "_Job":
+    def _jobs(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None,
+        adapter: str | None, cache_salt: str,
+    ) -> "list[_Job]":  # fmt: skip
+        name = self._resolve(adapter)
+        return [self._job(prompt, params, name, cache_salt) for prompt in _listed(prompts)]
+
+    def _resolve(self, name: str | None) -> str | None:
+        """The adapter behind a name, which may be an alias's; None for the base model."""
+        if name is not None and self._aliases.get(name) is not None:
+            name = self._aliases.pick(name)
+        return name if name != self.config.model.served_name else None
+
+    def _job(
+        self, prompt: Prompt, params: SamplingParams | None, adapter: str | None,
+        cache_salt: str = "",
+    ) -> "_Job":  # fmt: skip
         params = params or SamplingParams()
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -179,8 +219,10 @@ class Engine:
             raise InvalidRequest("the model has no tokenizer; use stop_token_ids", param="stop")
         if not all(params.stop):
             raise InvalidRequest("a stop string is empty", param="stop")
-        name = adapter if adapter != self.config.model.served_name else None
-        request = Request(id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=name)
+        request = Request(
+            id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=adapter,
+            cache_salt=cache_salt,
+        )  # fmt: skip
         return _Job(request, self.tokenizer)
 
     def _submit(self, job: "_Job", sink: Callable[[TokenEvent], None]) -> None:
@@ -224,25 +266,77 @@ class Engine:
         Raises:
             AdapterRejected: it cannot be bound exactly; nothing was kept.
         """
-        return self.core.load_adapter(name, path, replace).result()
+        return self._load(name, path, replace).result()
 
     async def load_adapter_async(
         self, name: str, path: str | None = None, *, replace: bool = False
     ) -> AdapterInfo:
         """`load_adapter` without blocking the event loop."""
-        return await asyncio.wrap_future(self.core.load_adapter(name, path, replace))
+        return await asyncio.wrap_future(self._load(name, path, replace))
 
-    def unload_adapter(self, name: str) -> AdapterInfo:
-        """Take an adapter's name away; requests that hold it finish.
+    def _load(self, name: str, path: str | None, replace: bool) -> "Future[AdapterInfo]":
+        if self._aliases.get(name) is not None:
+            raise AdapterRejected(f"{name!r} is an alias", param="name")
+        return self.core.adapters.load(name, path, replace)
+
+    def unload_adapter(self, name: str, *, drain_seconds: float | None = None) -> AdapterInfo:
+        """Take an adapter's name away; returns when nothing of the adapter is left.
+
+        Requests that hold it finish, but after `drain_seconds` (by default the configuration's
+        `adapters.drain_seconds`) the rest end with Unavailable.
 
         Raises:
             UnknownModel: it is not registered.
+            InvalidRequest: an alias leads to it.
         """
-        return self.core.unload_adapter(name)
+        return self._unload(name, drain_seconds).result()
+
+    async def unload_adapter_async(
+        self, name: str, *, drain_seconds: float | None = None
+    ) -> AdapterInfo:
+        """`unload_adapter` without blocking the event loop."""
+        return await asyncio.wrap_future(self._unload(name, drain_seconds))
+
+    def _unload(self, name: str, drain_seconds: float | None) -> "Future[AdapterInfo]":
+        if aliases := self._aliases.targets_of(name):
+            raise InvalidRequest(f"the alias {aliases[0]!r} leads to {name!r}", param="name")
+        return self.core.adapters.unload(name, drain_seconds)
 
     def adapters(self) -> list[AdapterInfo]:
         """Every registered adapter's bind report and state."""
-        return self.core.adapters()
+        return self.core.adapters.reports()
+
+    def alias(self, name: str, targets: Mapping[str, float]) -> None:
+        """Let `name` stand for adapters (or the base) by weight; changes an alias in one step.
+
+        Raises:
+            InvalidRequest: the name is taken, or a weight is not above zero.
+            UnknownModel: a target is not registered.
+        """
+        known = self.core.adapters.registered().keys() | {self.config.model.served_name}
+        if name in known or not re.fullmatch(NAME, name):
+            raise InvalidRequest(f"{name!r} is taken or no usable name", param="name")
+        for target in targets:
+            if target not in known:
+                raise UnknownModel(f"no adapter {target!r} is registered", param="targets")
+        self._aliases.put(name, targets)
+
+    def rollback_alias(self, name: str) -> None:
+        """Swap an alias's targets with those before its last change.
+
+        Raises:
+            UnknownModel: there is no such alias, or an adapter it would lead to is gone.
+            InvalidRequest: it was never changed.
+        """
+        alias = self._aliases.get(name)
+        if alias is not None and alias.previous is not None:
+            self.alias(name, alias.previous)
+        else:
+            self._aliases.rollback(name)  # says what is wrong
+
+    def remove_alias(self, name: str) -> None:
+        """Raises UnknownModel if there is no such alias."""
+        self._aliases.remove(name)
 
     def stats(self) -> Stats:
         """Counters and gauges."""
@@ -296,6 +390,7 @@ class _Job:
             logprobs=before.logprobs + tuple(logprobs),
             finish_reason=reason or "",
             stop_reason=stop,
+            cached_tokens=before.cached_tokens or event.cached_tokens,
             prompt_logprobs=before.prompt_logprobs or event.prompt_logprobs,
         )
         return Chunk(text=text, tokens=tuple(tokens), finish_reason=reason)

@@ -61,6 +61,7 @@ class Request:
         prompt: token ids, at least one.
         adapter: registered adapter name, or None for the base model.
         tenant: who pays for it; the API key's tenant.
+        cache_salt: prompts share cached pages only within one tenant and one salt.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Request:
     params: SamplingParams
     adapter: str | None = None
     tenant: str = "default"
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,7 @@ class TokenEvent:
         finish_reason: "stop" or "length" on the last event.
         stop_token: the end or stop token id that finished the sequence.
         prompt_logprobs: on the first event when asked for; None for the first prompt token.
+        cached_tokens: on the first event, prompt tokens whose keys and values were in the cache.
     """
 
     id: str
@@ -110,6 +113,7 @@ class TokenEvent:
     finish_reason: str | None = None
     stop_token: int | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
     error: ErrorInfo | None = None
 
     @property
@@ -122,12 +126,18 @@ class AdapterInfo:
     """What is known of one registered adapter version (the bind report, and where it is now).
 
     Attributes:
-        digest: sha256 over tensor bytes and the configuration fields that change outputs.
+        digest: sha256 over tensor bytes and the configuration fields that change outputs; empty
+            until the adapter was first read whole.
         state: "registered" (on disk only), "loading", "host", "device", "draining" or "failed".
         modules: target module -> (lowest rank, highest rank, scale) over the layers.
+        bytes: size of its tensors as saved.
+        bytes_disk, bytes_host, bytes_device: what its packed pages take in each tier now.
         pages: pages it takes on the device; the same ids in every layer.
         padding: share of those pages' numbers that hold no weight.
+        in_flight: requests that hold it, running or waiting.
+        seconds: stage of its last load -> seconds ("read", "pack", "map", "transfer", ...).
         warnings: for instance that it was trained for a base of another name.
+        error: why the last load under this name failed.
     """
 
     name: str
@@ -137,9 +147,14 @@ class AdapterInfo:
     modules: dict[str, tuple[int, int, float]] = field(default_factory=dict)
     layers: int = 0
     bytes: int = 0
+    bytes_disk: int = 0
+    bytes_host: int = 0
+    bytes_device: int = 0
     pages: int = 0
     padding: float = 0.0
+    pinned: bool = False
     in_flight: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
     path: str = ""
     base_model: str | None = None
     warnings: tuple[str, ...] = ()
@@ -163,26 +178,42 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Counters and gauges of the engine; counters only grow during an engine's life."""
+    """Counters and gauges of the engine; counters only grow during an engine's life.
+
+    Attributes:
+        pages_cached: pages that only the prefix cache holds; they count as neither free nor KV.
+        prefix_hit_tokens: prompt tokens found in the prefix cache, of `prefix_asked_tokens`.
+        adapters_host, adapters_device: adapters whose packed pages are in that tier.
+        adapter_seconds: stage of loading -> seconds, over all loads.
+    """
 
     running: int = 0
     waiting: int = 0
     pages_total: int = 0
     pages_free: int = 0
     pages_kv: int = 0
+    pages_cached: int = 0
     pages_adapters: int = 0
     ledger_errors: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    prefix_asked_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_evictions: int = 0
     preemptions: int = 0
     corrupt_requests: int = 0
     recoveries: int = 0
     compilations: int = 0
     compile_seconds: float = 0.0
+    adapters_registered: int = 0
+    adapters_host: int = 0
+    adapters_device: int = 0
+    host_bytes: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
     adapter_failures: int = 0
+    adapter_seconds: dict[str, float] = field(default_factory=dict)
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ from jslora.batch import (
 from jslora.buckets import choose, make_buckets
 from jslora.model.config import MODULES, ModelConfig
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, TokenLogprob
-from jslora.schedule.scheduler import Plan, Results
+from jslora.schedule.plan import Plan, Results
 from jslora.schedule.sequence import Sequence
 from jslora.step import Programs, sample, score, write_pages
 from pallas_kernels.launch import one_program

@@ -1,9 +1,9 @@
 """The messages between the front-end process and the engine process, as msgpack over one socket.
 
 One tagged struct per message, so that a decoder given the wrong kind fails by name. Client to
-engine: Submit, Abort, LoadAdapter, UnloadAdapter, Drain. Engine to client: Progress, Ready, Events,
-Reply, Pulse, Failed. Every command with a `seq` is answered by exactly one Reply with that `seq`.
-Host only: no jax.
+engine: Submit, Abort, LoadAdapter, UnloadAdapter, Describe, Drain. Engine to client: Progress,
+Ready, Events, Reply, Described, Pulse, Failed. Every command with a `seq` is answered by exactly
+one Reply with that `seq`, or Described for a Describe. Host only: no jax.
 """
 
 import msgspec
@@ -27,8 +27,18 @@ class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
 
 
 class UnloadAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Answered once nothing of the adapter is left; what still runs after so long is ended."""
+
     seq: int
     name: str
+    drain_seconds: float
+
+
+class Describe(msgspec.Struct, tag=True, frozen=True):
+    """Ask for reports with the present state; of all adapters if no name is given."""
+
+    seq: int
+    name: str | None = None
 
 
 class Drain(msgspec.Struct, tag=True, frozen=True):
@@ -58,11 +68,21 @@ class Reply(msgspec.Struct, tag=True, frozen=True):
     error: ErrorInfo | None = None
 
 
+class Described(msgspec.Struct, tag=True, frozen=True):
+    seq: int
+    adapters: list[AdapterInfo]
+
+
 class Pulse(msgspec.Struct, tag=True, frozen=True):
-    """Sent about once a second and after every adapter change: the engine lives."""
+    """Sent about once a second: the engine lives.
+
+    `changed` and `removed` tell of names since the last pulse; where adapters are now is not told
+    here (thousands would be) but when a Describe asks for it.
+    """
 
     stats: Stats
-    adapters: list[AdapterInfo] | None = None
+    changed: list[AdapterInfo] = []
+    removed: list[str] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -71,8 +91,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: ErrorInfo
 
 
-Command = Submit | Abort | LoadAdapter | UnloadAdapter | Drain
-News = Progress | Ready | Events | Reply | Pulse | Failed
+Command = Submit | Abort | LoadAdapter | UnloadAdapter | Describe | Drain
+News = Progress | Ready | Events | Reply | Described | Pulse | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

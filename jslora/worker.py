@@ -15,6 +15,9 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,14 @@ import zmq
 
 from jslora import wire
 from jslora.config import EngineConfig
-from jslora.errors import ConfigError, JsloraError
+from jslora.errors import ConfigError, JsloraError, UnknownModel
 from jslora.logs import configure
 from jslora.request import AdapterInfo, ErrorInfo, TokenEvent
 
 PULSE_SECONDS = 1.0
 _POLL_MILLISECONDS = 100
 _LINGER_MILLISECONDS = 2000
+_SWITCH_SECONDS = 0.0005  # after so long, a busy thread lets the engine's have the interpreter
 
 log = logging.getLogger("jslora.worker")  # under -m, __name__ is __main__
 
@@ -49,7 +53,7 @@ class Worker:
         self._bell_lock = threading.Lock()
         self._open: set[str] = set()  # requests whose last event was not sent yet
         self._draining = False
-        self._told: list[AdapterInfo] | None = None
+        self._told: dict[str, AdapterInfo] = {}  # what the client knows to be registered
 
     def tell(self, news: wire.News) -> None:
         """Send a message; from any thread."""
@@ -84,17 +88,13 @@ class Worker:
         if isinstance(outcome[0], BaseException):
             return self._give_up(outcome[0])
         self._core, info = outcome[0]
-        self.tell(wire.Ready(info))
+        self._told = self._core.adapters.registered()
+        self.tell(wire.Ready(replace(info, adapters=tuple(self._told.values()))))
         return self._serve()
 
     def _give_up(self, error: BaseException) -> int:
-        if isinstance(error, JsloraError):
-            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
-        else:
-            info = ErrorInfo(
-                type="internal_error", message=f"{type(error).__name__}: {error}"[:500]
-            )
-        self.tell(wire.Failed(info))
+        words = f"{type(error).__name__}: {error}"[:500]
+        self.tell(wire.Failed(_error_info(error, words)))
         return self._leave(exit_code(error))
 
     def _leave(self, code: int) -> int:
@@ -122,11 +122,18 @@ class Worker:
                 return self._leave(4 if dead else 0)
 
     def _pulse(self) -> None:
-        """Statistics, and the adapters if anything about them changed since last told."""
-        adapters = self._core.adapters()
-        changed = adapters if adapters != self._told else None
-        self._told = adapters
-        self.tell(wire.Pulse(self._core.stats(), changed))
+        """Statistics, and what became of names since last told.
+
+        Infos that did not change are the same objects, so that thousands cost microseconds. News
+        from before the statistics leaves before them. The pulse itself goes past the queue: a reply
+        put there since the look at the names must not be undone by it.
+        """
+        stats = self._core.stats()
+        self._flush()
+        told, self._told = self._told, self._core.adapters.registered()
+        changed = [info for name, info in self._told.items() if told.get(name) is not info]
+        removed = [name for name in told if name not in self._told]
+        self._socket.send(wire.encode(wire.Pulse(stats, changed, removed)))
 
     def _flush(self) -> None:
         while self._bell_in.poll(0):
@@ -147,30 +154,49 @@ class Worker:
                 self._core.abort(ids)
             case wire.Drain():
                 self._draining = True
-            case wire.LoadAdapter(seq, name, path, replace):
-                loading = self._core.load_adapter(name, path, replace)
-                loading.add_done_callback(lambda done: self._reply(seq, done.exception(), done))
-            case wire.UnloadAdapter(seq, name):
-                try:
-                    self._tell_reply(seq, self._core.unload_adapter(name), None)
-                except JsloraError as error:
-                    self._reply(seq, error, None)
+            case wire.LoadAdapter(seq, name, path, again):
+                self._answer(seq, lambda: self._core.adapters.load(name, path, again))
+            case wire.UnloadAdapter(seq, name, drain_seconds):
+                self._answer(seq, lambda: self._core.adapters.unload(name, drain_seconds))
+            case wire.Describe(seq, None):
+                # Thousands take tens of milliseconds, for which events should not wait.
+                threading.Thread(target=self._describe_all, args=(seq,), daemon=True).start()
+            case wire.Describe(seq, str(name)):
+                self.tell(wire.Described(seq, self._report(name)))
 
-    def _reply(self, seq: int, error: BaseException | None, done: Any) -> None:
-        if error is None:
-            self._tell_reply(seq, done.result(), None)
-        elif isinstance(error, JsloraError):
-            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
-            self._tell_reply(seq, None, info)
-        else:
-            log.error("an adapter command failed", exc_info=error)
-            info = ErrorInfo(type="internal_error", message="the command failed; see the log")
-            self._tell_reply(seq, None, info)
+    def _answer(self, seq: int, command: "Callable[[], Future[AdapterInfo]]") -> None:
+        """Give a command, and reply when it is done, from whichever thread that is."""
+        try:
+            outcome = command()
+        except JsloraError as error:
+            outcome = Future()
+            outcome.set_exception(error)
+        outcome.add_done_callback(lambda done: self.tell(_reply(seq, done)))
 
-    def _tell_reply(self, seq: int, adapter: AdapterInfo | None, error: ErrorInfo | None) -> None:
-        self.tell(wire.Reply(seq, adapter, error))
-        if error is None:
-            self._pulse()
+    def _describe_all(self, seq: int) -> None:
+        self.tell(wire.Described(seq, self._core.adapters.reports()))
+
+    def _report(self, name: str) -> list[AdapterInfo]:
+        try:
+            return [self._core.adapters.report(name)]
+        except UnknownModel:
+            return []
+
+
+def _reply(seq: int, done: "Future[AdapterInfo]") -> wire.Reply:
+    error = done.exception()
+    if error is None:
+        return wire.Reply(seq, done.result())
+    if not isinstance(error, JsloraError):
+        log.error("an adapter command failed", exc_info=error)
+    return wire.Reply(seq, None, _error_info(error, "the command failed; see the log"))
+
+
+def _error_info(error: BaseException, otherwise: str) -> ErrorInfo:
+    """An error as data; one that is not meant for users is told in other words."""
+    if isinstance(error, JsloraError):
+        return ErrorInfo(type=error.type, message=error.message, param=error.param)
+    return ErrorInfo(type=JsloraError.type, message=otherwise)
 
 
 def exit_code(error: BaseException) -> int:
@@ -205,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     configure(config.logging)
     if options.check:
         return check(config, folder)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     return Worker(options.socket).start(config, folder)
 

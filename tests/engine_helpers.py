@@ -87,12 +87,12 @@ def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def assert_nothing_leaked(engine: Engine) -> None:
-    """Once an engine is idle, every page is free or an idle adapter's."""
+    """Once an engine is idle, every page is free, an idle adapter's, or the prefix cache's."""
     wait_until(lambda: engine.core.scheduler.idle)
     engine.core.run_on_engine(engine.core.scheduler.check)
     stats = engine.stats()
     assert (stats.running, stats.waiting, stats.pages_kv, stats.ledger_errors) == (0, 0, 0, 0)
-    assert stats.pages_free + stats.pages_adapters == stats.pages_total
+    assert stats.pages_free + stats.pages_adapters + stats.pages_cached == stats.pages_total
 
 
 def write_tokenizer(folder: Path) -> None:

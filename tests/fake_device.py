@@ -15,7 +15,7 @@ from fake_adapters import LAYERS, page_mark
 
 from jslora.batch import SAMPLERS, RowPlan
 from jslora.request import Request, TokenLogprob
-from jslora.schedule.scheduler import Limits, Plan, Results
+from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.sequence import Sequence
 
 
@@ -107,7 +107,8 @@ class FakeDevice:
 
     def __init__(self, limits: Limits, pages: int) -> None:
         self.limits, self.pages = limits, pages
-        self.pool: list[dict[int, int] | np.ndarray] = [{} for _ in range(LAYERS * pages)]
+        self.pool: list[dict[int, tuple[str, int]] | np.ndarray]
+        self.pool = [{} for _ in range(LAYERS * pages)]
         self.last_token = [-1] * limits.max_running
         self.counts = [Counter[int]() for _ in range(limits.max_running)]
         self.held: list[set[int]] = [set() for _ in range(limits.max_running)]
@@ -170,14 +171,16 @@ class FakeDevice:
                 at = layer * self.pages + row.pages[page]
                 if not isinstance(self.pool[at], dict):
                     self.pool[at] = {}
-                self.pool[at][offset] = token
+                self.pool[at][offset] = (self._weights(row), token)
 
     def _read(self, row: RowPlan) -> list[int]:
         """The row's context, and a look at its adapter's pages."""
         found = []
         for position in range(row.position + row.length):
             page, offset = divmod(position, self.limits.page_size)
-            found.append(self.pool[row.pages[page]][offset])
+            weights, token = self.pool[row.pages[page]][offset]
+            assert weights == self._weights(row), f"KV of {weights!r} in a row of another adapter"
+            found.append(token)
         if row.placement:
             number = int(row.placement.digest)
             for layer in range(LAYERS):
@@ -187,12 +190,15 @@ class FakeDevice:
                     assert data.tolist() == page_mark(number, layer, n)
         return found
 
+    def _weights(self, row: RowPlan) -> str:
+        return row.placement.digest if row.placement else ""
+
     def _sample(self, row: RowPlan, context: list[int], greedy: bool) -> tuple[int, bool]:
         if not row.samples:
             return -1, True
         token, finite = _draw(
             context,
-            row.placement.digest if row.placement else "",
+            self._weights(row),
             row.seed if row.temperature else None,
             self.counts[row.slot] if row.stateful else None,
             self.held[row.slot] if row.hold_stop else (),

@@ -39,7 +39,7 @@ HOST = below(
     "jslora.vocabulary", "jslora.sentencepiece", "jslora.text", "jslora.chat", "jslora.fetch",
     "jslora.logs", "jslora.progress", "jslora.files", "jslora.batch", "jslora.buckets",
     "jslora.model.config", "jslora.model.gguf", "jslora.memory", "jslora.schedule",
-    "jslora.adapters", "jslora.bench", "jslora.server",
+    "jslora.adapters", "jslora.aliases", "jslora.lifecycle", "jslora.bench", "jslora.server",
 )  # fmt: skip
 DEVICE = below(
     "jslora.model.transformer", "jslora.model.weights", "jslora.lora", "jslora.sampling",
@@ -49,6 +49,7 @@ MAY_BE_SERVED_FROM = {
     "jslora", "jslora.request", "jslora.config", "jslora.errors", "jslora.tokenizer",
     "jslora.vocabulary", "jslora.text", "jslora.chat", "jslora.wire", "jslora.fetch", "jslora.logs",
     "jslora.progress", "jslora.files", "jslora.model", "jslora.model.config", "jslora.adapters",
+    "jslora.aliases",
 }  # fmt: skip
 
 

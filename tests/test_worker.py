@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ from goldens.adapters import write_adapter
 
 from jslora import wire
 from jslora.config import parse
-from jslora.request import Request, SamplingParams, Stats, TokenEvent
+from jslora.errors import UnknownModel
+from jslora.request import AdapterInfo, Request, SamplingParams, Stats, TokenEvent
 from jslora.server.process import start_line
 from jslora.worker import Worker
 
@@ -230,10 +232,18 @@ def test_errors_come_as_events(client: Client) -> None:
     assert errors["setting"].param == "temperature"
 
 
+def next_change(client: Client) -> wire.Pulse:
+    """The next pulse that tells of names."""
+    while not ((pulse := client.wait_for(wire.Pulse)).changed or pulse.removed):
+        pass
+    return pulse
+
+
 def test_adapters_come_and_go(client: Client) -> None:
-    assert client.reply(wire.LoadAdapter(1, "mine", "a0")).adapter.state == "host"
-    known = client.wait_for(wire.Pulse).adapters
-    assert [info.name for info in known] == ["mine"]
+    loaded = client.reply(wire.LoadAdapter(1, "mine", "a0")).adapter
+    assert (loaded.name, loaded.state, loaded.path) == ("mine", "host", "a0")
+    pulse = next_change(client)
+    assert ([info.name for info in pulse.changed], pulse.removed) == (["mine"], [])
     both = [request("base"), request("mine", adapter="mine")]
     client.send(*(wire.Submit(one) for one in both))
     first = {name: tokens(events) for name, events in client.events(both).items()}
@@ -246,9 +256,63 @@ def test_adapters_come_and_go(client: Client) -> None:
     second = {name: tokens(events) for name, events in client.events(both).items()}
     assert second["base"] == first["base"] and second["mine"] != first["mine"]
 
-    assert client.reply(wire.UnloadAdapter(4, "mine")).adapter.state == "draining"
-    assert client.wait_for(wire.Pulse).adapters == []
-    assert client.reply(wire.UnloadAdapter(5, "mine")).error.type == "not_found_error"
+    # Pulses tell of a new version and of an end, each once, and of nothing else.
+    assert [info.path for info in next_change(client).changed] == ["a1"]
+    client.reply(wire.UnloadAdapter(4, "mine", 5.0))
+    assert next_change(client).removed == ["mine"]
+    assert client.reply(wire.UnloadAdapter(5, "mine", 5.0)).error.type == "not_found_error"
+    assert client.wait_for(wire.Pulse) is not None and client.before == []
+
+
+def test_adapters_are_described_as_they_are_now(client: Client) -> None:
+    for seq, name in enumerate(("one", "two")):
+        client.reply(wire.LoadAdapter(seq, name, f"a{seq}"))
+    long = request("long", 100, adapter="one")
+    client.send(wire.Submit(long))
+    client.wait_for(wire.Events)
+    client.send(wire.Describe(7), wire.Describe(8, "two"), wire.Describe(9, "nobody"))
+    answers = {news.seq: news for news in (client.wait_for(wire.Described) for _ in range(3))}
+    everything, two, nobody = (answers[seq] for seq in (7, 8, 9))
+    reports = {info.name: info for info in everything.adapters}
+    assert reports.keys() == {"one", "two"} and nobody.adapters == []
+    assert (reports["one"].state, reports["one"].in_flight) == ("device", 1)
+    assert two.adapters == [reports["two"]] and two.adapters[0].in_flight == 0
+    assert len(client.events([long])["long"]) > 0
+    for name in ("one", "two"):
+        assert client.reply(wire.UnloadAdapter(1, name, 5.0)).error is None
+
+
+def test_an_unload_is_answered_once_its_requests_have_ended(client: Client) -> None:
+    client.reply(wire.LoadAdapter(1, "mine", "a0"))
+    long = [request(f"long-{n}", 120, adapter="mine") for n in range(2)]
+    client.send(*(wire.Submit(one) for one in long))
+    client.wait_for(wire.Events)
+    client.send(
+        wire.UnloadAdapter(2, "mine", 60.0),
+        wire.Submit(request("late", adapter="mine")),
+        wire.Describe(3, "mine"),
+    )
+    said: list[wire.News] = []
+    while not isinstance(news := client.receive(), wire.Reply):
+        said.append(news)
+    assert news.seq == 2 and news.error is None
+    (described,) = [one for one in said if isinstance(one, wire.Described)]
+    assert [info.state for info in described.adapters] == ["draining"]
+    events = [event for one in said if isinstance(one, wire.Events) for event in one.events]
+    assert {event.id: event.error.type for event in events if event.error} == {
+        "late": "not_found_error"
+    }
+    reasons = {event.id: event.finish_reason for event in events if event.finish_reason}
+    assert reasons == {"long-0": "length", "long-1": "length"}
+
+
+def test_a_drain_has_an_end(client: Client) -> None:
+    client.reply(wire.LoadAdapter(1, "mine", "a0"))
+    long = request("endless", 120, adapter="mine")
+    client.send(wire.Submit(long), wire.UnloadAdapter(2, "mine", 0.0))
+    *_, last = client.events([long])["endless"]
+    assert last.error.type == "unavailable_error" and "unloaded" in last.error.message
+    assert client.wait_for(wire.Reply).error is None
 
 
 @pytest.mark.parametrize("path", [None, "missing", "../a0", "/etc", "a0/../../x", "", "a\0b"])
@@ -260,10 +324,25 @@ def test_a_path_that_is_no_adapter_is_a_reply(client: Client, path: str | None) 
 
 
 def test_every_command_of_a_flood_is_answered(client: Client) -> None:
-    flood = [wire.UnloadAdapter(seq, "nobody") for seq in range(5000)]
+    flood = [wire.UnloadAdapter(seq, "nobody", 1.0) for seq in range(5000)]
     client.send(*flood)
     for command in flood:
         assert client.wait_for(wire.Reply).seq == command.seq
+
+
+def test_the_first_event_tells_what_was_cached(client: Client) -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    prompt = tuple(range(40))
+
+    def cached(name: str, salt: str = "", tenant: str = "default") -> list[int]:
+        one = Request(id=name, prompt=prompt, params=params, cache_salt=salt, tenant=tenant)
+        client.send(wire.Submit(one))
+        return [event.cached_tokens for event in client.events([one])[name]]
+
+    assert cached("first") == [0, 0, 0]
+    assert cached("second") == [32, 0, 0]  # whole pages of 16
+    assert cached("salted", salt="mine") == cached("somebody", tenant="else") == [0, 0, 0]
+    assert cached("salted again", salt="mine") == [32, 0, 0]
 
 
 def test_aborted_requests_say_nothing_more(client: Client) -> None:
@@ -274,7 +353,8 @@ def test_aborted_requests_say_nothing_more(client: Client) -> None:
     deadline = time.monotonic() + 10
     while (pulse := client.wait_for(wire.Pulse)).stats.running:
         assert time.monotonic() < deadline
-    assert pulse.stats.pages_free == pulse.stats.pages_total
+    # What is left in the prefix cache is there for the taking.
+    assert pulse.stats.pages_free + pulse.stats.pages_cached == pulse.stats.pages_total
     said = [
         event.id for news in client.before if isinstance(news, wire.Events) for event in news.events
     ]
@@ -286,6 +366,26 @@ def test_it_pulses_without_being_asked(client: Client) -> None:
     for _ in range(2):
         assert client.wait_for(wire.Pulse, 10).stats.pages_total == 63
         assert client.before == []
+
+
+def test_ready_tells_of_what_is_registered_and_the_rest_is_described(tmp: Path) -> None:
+    config = make_config(tmp)
+    config["adapters"] |= {"preload": ["a0", "missing", "a2"]}
+    client = Client(config)
+    try:
+        info = client.wait_for(wire.Ready).info
+        assert sorted(adapter.name for adapter in info.adapters) == ["a0", "a2"]
+        client.send(wire.Describe(1))
+        found = {info.name: info for info in client.wait_for(wire.Described).adapters}
+        assert {"a0", "a2"} <= found.keys()
+        assert "missing" not in found or found["missing"].error
+        pulses = [client.wait_for(wire.Pulse) for _ in range(2)]
+        assert not any(pulse.changed or pulse.removed for pulse in pulses)
+        cold = request("cold", 4, adapter="a2")
+        client.send(wire.Submit(cold))
+        assert len(tokens(client.events([cold])["cold"])) == 4
+    finally:
+        client.close()
 
 
 # Its end -----------------------------------------------------------------------------------------
@@ -300,7 +400,7 @@ def test_drained_it_ends_with_nothing_unsaid(another: Client) -> None:
         *(wire.Submit(one) for one in crowd),
         wire.Submit(request("aborted", 100)),
         wire.Abort(["aborted"]),
-        wire.UnloadAdapter(3, "nobody"),
+        wire.UnloadAdapter(3, "nobody", 1.0),
         wire.Drain(),
     )
     news = another.remaining()
@@ -352,6 +452,31 @@ def test_what_the_user_can_mend_is_said(
         client.close()
 
 
+def info_of(name: str) -> AdapterInfo:
+    return AdapterInfo(name=name, digest="", state="registered", rank=8)
+
+
+class StandInAdapters:
+    """Adapters that are names; commands about some of them fail."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, AdapterInfo] = {}
+
+    def registered(self) -> dict[str, AdapterInfo]:
+        return dict(self.names)
+
+    def unload(self, name: str, drain_seconds: float) -> "Future[AdapterInfo]":
+        if name == "unknown":
+            raise UnknownModel("there is none")
+        done: Future[AdapterInfo] = Future()
+        if name == "broken":
+            done.set_exception(RuntimeError("a secret"))
+        else:
+            self.names.pop(name)
+            threading.Timer(drain_seconds, lambda: done.set_result(info_of(name))).start()
+        return done
+
+
 class StandInCore:
     """A core that answers each request after a while, or whose engine died."""
 
@@ -359,13 +484,11 @@ class StandInCore:
         self.alive = alive
         self.scheduler = SimpleNamespace(idle=True)
         self.closed = False
+        self.adapters = StandInAdapters()
         self.worker: Worker | None = None
 
     def stats(self) -> Stats:
         return Stats()
-
-    def adapters(self) -> list:
-        return []
 
     def submit(self, request: Request) -> None:
         events = [TokenEvent(id=request.id, finish_reason="length")]
@@ -382,7 +505,9 @@ def pair() -> Iterator[tuple[zmq.Socket, Worker]]:
         address = f"ipc://{directory}/engine"
         ours: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         ours.bind(address)
-        yield ours, Worker(address)
+        worker = Worker(address)
+        yield ours, worker
+        worker._context.destroy(linger=0)
         ours.close(linger=0)
 
 
@@ -409,6 +534,77 @@ def test_draining_waits_for_what_the_engine_has_not_taken_up_yet(pair: tuple) ->
         news = wire.decode_news(ours.recv())
         said += [event.id for event in news.events] if isinstance(news, wire.Events) else []
     assert said == ["late"]
+
+
+def news_of(ours: zmq.Socket) -> list[wire.News]:
+    """All that has come."""
+    found = []
+    while ours.poll(200):
+        found.append(wire.decode_news(ours.recv()))
+    return found
+
+
+def test_a_pulse_tells_what_became_of_names_and_each_thing_once(pair: tuple) -> None:
+    ours, worker = pair
+    worker._core = core = StandInCore()
+    names = core.adapters.names
+    names |= {f"a{n}": info_of(f"a{n}") for n in range(3)}
+    worker._told = dict(names)
+    worker._pulse()
+    names["a1"] = info_of("a1")  # a new version, or a new info of the old one
+    names["a3"] = info_of("a3")
+    del names["a0"]
+    worker._pulse()
+    worker._pulse()
+    names.clear()
+    worker._pulse()
+    told = [([info.name for info in pulse.changed], pulse.removed) for pulse in news_of(ours)]
+    assert told == [([], []), (["a1", "a3"], ["a0"]), ([], []), ([], ["a1", "a2", "a3"])]
+
+
+def test_a_reply_is_never_undone_by_an_older_look_at_the_names(pair: tuple) -> None:
+    """A name went and came back; the reply of its return comes between look and pulse."""
+    ours, worker = pair
+    worker._core = core = StandInCore()
+    worker._told = {"mine": info_of("mine")}
+
+    def registered() -> dict[str, AdapterInfo]:
+        worker.tell(wire.Reply(1, info_of("mine")))
+        return {}
+
+    core.adapters.registered = registered
+    worker._pulse()
+    worker._flush()
+    pulse, reply = news_of(ours)
+    assert pulse.removed == ["mine"] and reply.adapter.name == "mine"
+
+
+def test_events_from_before_the_statistics_leave_before_them(pair: tuple) -> None:
+    ours, worker = pair
+    worker._core = core = StandInCore()
+
+    def stats() -> Stats:
+        worker.tell_events([TokenEvent(id="last", finish_reason="length")])
+        return Stats(running=0)
+
+    core.stats = stats
+    worker._pulse()
+    assert [type(news) for news in news_of(ours)] == [wire.Events, wire.Pulse]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [("unknown", "not_found_error", "there is none"), ("broken", "internal_error", "see the log")],
+)
+def test_a_command_that_fails_is_answered(pair: tuple, name: str, kind: str, message: str) -> None:
+    """Whether the core refuses at once or later; what is not for users is not told."""
+    ours, worker = pair
+    worker._core = StandInCore()
+    worker._obey(wire.UnloadAdapter(5, name, 1.0))
+    worker._flush()
+    (reply,) = news_of(ours)
+    assert (reply.seq, reply.adapter, reply.error.type) == (5, None, kind)
+    assert message in reply.error.message and "secret" not in reply.error.message
 
 
 # The memory plan ---------------------------------------------------------------------------------

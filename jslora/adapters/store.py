@@ -1,41 +1,41 @@
-"""Adapter names → versions, and the packed numbers of as many versions as host memory may hold.
+"""Adapter names → registrations: who gets which contents from when on.
 
-A version is a content digest. A name is registered only when its adapter was read, checked and
-packed whole, and moves to a new version in one step; who holds the old `Version` keeps using it.
-While a name is loading, nothing else may change it. Files are read and packed on loader threads.
-Packed blobs lie in a cache keyed by digest, so names with equal contents share one, and the least
-recently used leave when it is full; a blob that left is read again from its folder and must have
-its digest still. Every method may be called from any thread. Host only: no jax.
+A name is registered by its folder's metadata, or moved to other contents in one step; sequences
+bound to the registration it had keep that one. While a name is being loaded nothing else may change
+it. Every method may be called from any thread, and none but `register`, `discover` and `close`
+touches a file or waits. Host only: no jax.
 """
 
-import logging
-import os
+import contextlib
 import re
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from jslora.adapters.files import resolve_below
-from jslora.adapters.layout import PackedAdapter, pack
-from jslora.adapters.peft import CONFIG, Adapter, Limits, read_adapter
-from jslora.adapters.version import Version, describe, make_version
+from jslora.adapters.cache import PackedCache
+from jslora.adapters.contents import Contents
+from jslora.adapters.folders import Roots
+from jslora.adapters.jobs import Task, public
+from jslora.adapters.layout import Layout
+from jslora.adapters.peft import Limits
+from jslora.adapters.reader import Reader, Whole
+from jslora.adapters.registration import Registration, Source, make_registration
+from jslora.adapters.version import Version
 from jslora.config import NAME
-from jslora.errors import AdapterRejected, UnknownModel
+from jslora.errors import AdapterRejected, JsloraError, Unavailable, UnknownModel
 from jslora.logs import printable
 from jslora.model.config import ModelConfig
 from jslora.request import AdapterInfo
 
-MAX_FAILURES = 64  # failed loads that are remembered, so that `info` can tell of them
-MAX_PATH = 4096
-
-log = logging.getLogger(__name__)
+MAX_FAILURES = 64  # failed loads that are remembered, so that `infos` can tell of them
 
 
-class AdapterStore:
+class AdapterStore(Contents):
     """The adapters of one engine.
 
     Args:
@@ -44,162 +44,73 @@ class AdapterStore:
         dtype: the pool's.
         host_cache_bytes: most bytes of packed blobs kept in host memory.
         base_name: the base model's name, which no adapter may have.
-        workers: loader threads.
+        cache: for the same model, pages and dtype.
     """
 
     def __init__(
-        self,
-        roots: Sequence[Path],
-        model: ModelConfig,
-        page_elements: int,
-        dtype: np.dtype,
-        limits: Limits,
-        host_cache_bytes: int,
-        base_name: str,
-        workers: int = 1,
-    ) -> None:
-        self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
-        self._model = model
-        self._page_elements = page_elements
-        self._dtype = np.dtype(dtype)
-        self._limits = limits
+        self, roots: Sequence[Path], model: ModelConfig, page_elements: int, dtype: np.dtype,
+        limits: Limits, host_cache_bytes: int, base_name: str, cache: PackedCache,
+    ) -> None:  # fmt: skip
+        reader = Reader(model, page_elements, dtype, limits, host_cache_bytes, cache)
+        super().__init__(reader, cache, host_cache_bytes)
+        self._page_bytes = model.layers * page_elements * np.dtype(dtype).itemsize
+        self._host_limit = host_cache_bytes
+        self._roots = Roots(roots)
         self._base_name = base_name
-        self._threads = ThreadPoolExecutor(workers, "adapter-loader")
-        self._lock = threading.Lock()
-        # Below here everything is read and written under the lock.
-        self._versions: dict[str, Version] = {}
-        self._loading: set[str] = set()
-        self._failures: OrderedDict[str, str] = OrderedDict()
-        self._fetches: dict[str, Future[PackedAdapter]] = {}
-        self._fetch_errors: dict[str, str] = {}
-        self._host = _HostCache(host_cache_bytes)
+        # Below here everything is written under the lock.
+        self._named: dict[str, Registration] = {}
+        self._draining: dict[Registration, None] = {}  # in use, and named no more
+        self._loading: dict[str, Future[Registration]] = {}
+        self._failed: OrderedDict[str, str] = OrderedDict()  # loads by name
+        self._closed = False
 
     def discover(self) -> dict[str, Path]:
         """Name → folder of every adapter directly below a root, by name; earlier roots win."""
-        found: dict[str, Path] = {}
-        for name, folder in self._candidates():
-            if name == self._base_name or not re.fullmatch(NAME, name):
-                log.warning("adapter folder %s is skipped: not a usable name", printable(name))
-            elif name in found:
-                log.warning("adapter %s is skipped in a later root: the name is taken", name)
-            else:
-                found[name] = folder
-        return dict(sorted(found.items()))
-
-    def _candidates(self) -> Iterator[tuple[str, Path]]:
-        for root in self._roots:
-            try:
-                names = sorted(os.listdir(root))
-            except OSError as error:
-                log.warning("adapter root %s cannot be listed: %s", root, error.strerror)
-                continue
-            for name in names:
-                folder = resolve_below(root, root / name)
-                if folder and os.path.isfile(folder / CONFIG) and not name.startswith("."):
-                    yield name, folder
-
-    # Loading -------------------------------------------------------------------------------------
-
-    def load(self, name: str, path: str | None = None, replace: bool = False) -> "Future[Version]":
-        """Read an adapter and register it under `name`.
-
-        Args:
-            path: folder below the roots, relative to them in order or absolute; by default `name`.
-            replace: let `name` be registered already, and move it to the new version.
-
-        The future fails with AdapterRejected if the name cannot be used, is registered (and not to
-        be replaced) or is being loaded, if the folder is not below a root, or if the adapter is
-        refused; nothing is registered then.
-        """
-        with self._lock:
-            problem = self._name_problem(name, replace)
-            if problem is None:
-                self._loading.add(name)
-                return self._threads.submit(self._load, name, path)
-        refused: Future[Version] = Future()
-        refused.set_exception(AdapterRejected(problem, param="name"))
-        return refused
-
-    def _name_problem(self, name: str, replace: bool) -> str | None:
-        if not re.fullmatch(NAME, name):
-            return f"{printable(name)!r} is not an adapter name; expected is {NAME}"
-        if name == self._base_name:
-            return f"{name!r} is the base model's name"
-        if name in self._loading:
-            return f"adapter {name!r} is being loaded"
-        if name in self._versions and not replace:
-            return f"adapter {name!r} is registered already"
-        return None
-
-    def _load(self, name: str, path: str | None) -> Version:
-        try:
-            folder, root = self._locate(name if path is None else path)
-            adapter = read_adapter(folder, self._model, self._limits, root)
-            packed = self._pack(adapter)
-            version = make_version(name, folder, root, adapter, packed, self._base_name)
-        except BaseException as error:
-            with self._lock:
-                self._loading.discard(name)
-                self._remember_failure(name, error)
-            raise
-        with self._lock:
-            self._loading.discard(name)
-            self._failures.pop(name, None)
-            before = self._versions.get(name)
-            self._versions[name] = version
-            self._host.put(packed)
-            self._leave_first(before)
-        return version
-
-    def _remember_failure(self, name: str, error: BaseException) -> None:
-        if name not in self._versions:
-            self._failures[name] = _public(error)
-            if len(self._failures) > MAX_FAILURES:
-                self._failures.popitem(last=False)
-
-    def _locate(self, path: str) -> tuple[Path, Path]:
-        """(folder, its root); one error for what is absent and what is forbidden."""
-        found = None
-        if 0 < len(path) <= MAX_PATH and path.isprintable() and ".." not in Path(path).parts:
-            found = self._below_roots(path)
-        if found is None:
-            raise AdapterRejected(
-                f"{printable(path)!r} is no adapter folder below the adapter roots", param="path"
-            )
-        return found
-
-    def _below_roots(self, path: str | Path) -> tuple[Path, Path] | None:
-        for root in self._roots:
-            folder = resolve_below(root, root / path)
-            if folder is not None and os.path.isfile(folder / CONFIG):
-                return folder, root
-        return None
-
-    def _pack(self, adapter: Adapter) -> PackedAdapter:
-        packed = pack(adapter, self._model, self._page_elements, self._dtype)
-        most = self._limits.max_pages
-        if most is not None and packed.n_pages > most:
-            raise AdapterRejected(f"the adapter takes {packed.n_pages} pages; the pool has {most}")
-        if packed.blob.nbytes > self._host.limit:
-            raise AdapterRejected(
-                f"the adapter takes {packed.blob.nbytes} bytes of host memory; "
-                f"adapters.host_cache_bytes is {self._host.limit}"
-            )
-        return packed
+        return self._roots.discover(self._base_name)
 
     # Names ---------------------------------------------------------------------------------------
 
-    def get(self, name: str) -> Version | None:
-        """The version registered under `name` now."""
-        with self._lock:
-            return self._versions.get(name)
+    def register(self, name: str, path: str | None = None) -> Registration:
+        """Register an adapter by its metadata; its tensors are read when they are first needed.
 
-    def names(self) -> list[str]:
-        with self._lock:
-            return sorted(self._versions)
+        Args:
+            path: folder below the roots, relative to them in order or absolute; by default `name`.
 
-    def unload(self, name: str) -> Version:
-        """Take `name` out of the registry and return the version it had.
+        Raises:
+            AdapterRejected: the name cannot be used, is registered or is being loaded; the folder
+                is not below a root; or the adapter is refused. Nothing is registered then.
+        """
+        done = self._claim(name, replacing=False)
+        with self._loading_of(name, done):
+            folder, root = self._roots.locate(name if path is None else path)
+            found = self._reader.remembered(folder) or self._reader.outline(folder, root)
+            source = Source(folder, root, found.outline)
+            self._enter(name, done, source, found.layout, found.version)
+        return done.result()
+
+    def load(
+        self, name: str, path: str | None = None, replace: bool = False
+    ) -> "Future[Registration]":
+        """Read an adapter whole and register it under `name`.
+
+        Args:
+            path: as for `register`.
+            replace: let `name` be registered already, and move it to the new contents.
+
+        The future fails as `register` does, or if a tensor is refused; or with Unavailable if the
+        store was closed first. Nothing is registered then, and `name` keeps what it had.
+        """
+        try:
+            done = self._claim(name, replacing=replace)
+        except JsloraError as error:
+            refused: Future[Registration] = Future()
+            refused.set_exception(error)
+            return refused
+        self._jobs.start(done, partial(self._load, name, path, done))
+        return done
+
+    def unload(self, name: str) -> Registration:
+        """Let new requests have `name` no more; returns the registration it had.
 
         Raises:
             UnknownModel: it is not registered.
@@ -208,132 +119,216 @@ class AdapterStore:
         with self._lock:
             if name in self._loading:
                 raise AdapterRejected(f"adapter {name!r} is being loaded", param="name")
-            if name not in self._versions:
-                raise UnknownModel(f"no adapter {printable(name)!r} is registered", param="name")
-            version = self._versions.pop(name)
-            self._leave_first(version)
-            return version
+            registration = self._find(name)
+            del self._named[name]
+            self._failed.pop(name, None)
+            self._leave(registration)
+            return registration
 
-    def info(self) -> list[AdapterInfo]:
-        """What is registered, loading and failed, by name.
+    def fits_host(self, pages: int) -> bool:
+        """Whether so many packed pages can be in host memory at once."""
+        return pages * self._page_bytes <= self._host_limit
 
-        `state` is "host" where the blob is in memory, "registered" where it is on disk only,
-        "loading" or "failed"; what is on the device only the engine knows.
-        """
+    def get(self, name: str) -> Registration | None:
+        """What is registered under `name` now."""
+        return self._named.get(name)
+
+    def names(self) -> list[str]:
         with self._lock:
-            registered = [
-                (name, version, "host" if version.digest in self._host else "registered")
-                for name, version in self._versions.items()
-            ]
-            loading = self._loading - self._versions.keys()
-            failures = dict(self._failures)
-        found = {
-            name: AdapterInfo(name=name, digest="", state="failed", rank=0, error=error)
-            for name, error in failures.items()
-        }
-        for name in loading:
-            found[name] = AdapterInfo(name=name, digest="", state="loading", rank=0)
-        for name, version, state in registered:
-            found[name] = describe(name, version, state)
-        return [found[name] for name in sorted(found)]
+            return sorted(self._named)
 
-    # Packed blobs --------------------------------------------------------------------------------
-
-    def packed(self, version: Version) -> PackedAdapter | None:
-        """The blob if it is in host memory; otherwise None, and it is being read again.
+    def bind(self, name: str) -> Registration:
+        """Hold what is registered under `name` for a sequence, until `release`.
 
         Raises:
-            AdapterRejected: the last read failed; the next call starts another.
+            UnknownModel: nothing is.
         """
         with self._lock:
-            packed = self._host.get(version.digest)
-            error = self._fetch_errors.pop(version.digest, None)
-        if packed is None and error is not None:
-            raise AdapterRejected(error)
-        if packed is None:
-            self.fetch(version)
-        return packed
+            registration = self._find(name)
+            registration.uses += 1
+            return registration
 
-    def fetch(self, version: Version) -> "Future[PackedAdapter]":
-        """The blob from host memory, or read again from its folder; one read serves all who wait.
-
-        The future fails with AdapterRejected if the folder no longer holds the version's contents.
-        """
+    def release(self, registration: Registration) -> None:
+        """A sequence needs a registration no more."""
         with self._lock:
-            packed = self._host.get(version.digest)
-            if packed is not None:
-                ready: Future[PackedAdapter] = Future()
-                ready.set_result(packed)
-                return ready
-            if version.digest not in self._fetches:
-                self._fetch_errors.pop(version.digest, None)
-                self._fetches[version.digest] = self._threads.submit(self._fetch, version)
-            return self._fetches[version.digest]
+            assert registration.uses > 0, f"adapter {registration.name!r} is not in use"
+            registration.uses -= 1
+            if not registration.held:
+                self._draining.pop(registration, None)
+                self._let_go(registration)
 
-    def _fetch(self, version: Version) -> PackedAdapter:
+    def _find(self, name: str) -> Registration:
+        if name not in self._named:
+            raise UnknownModel(f"no adapter {printable(name)!r} is registered", param="model")
+        return self._named[name]
+
+    def _leave(self, registration: Registration) -> None:
+        """Its name is gone or another's."""
+        registration.named = False
+        if registration.held:
+            self._draining[registration] = None
+        else:
+            self._let_go(registration)
+
+    # Loading -------------------------------------------------------------------------------------
+
+    def _claim(self, name: str, *, replacing: bool) -> "Future[Registration]":
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            problem = self._name_problem(name, replacing)
+            if problem is not None:
+                raise AdapterRejected(problem, param="name")
+            done = self._loading[name] = Future()
+            done.set_running_or_notify_cancel()
+            return done
+
+    def _name_problem(self, name: str, replacing: bool) -> str | None:
+        if not re.fullmatch(NAME, name):
+            return f"{printable(name)!r} is not an adapter name; expected is {NAME}"
+        if name == self._base_name:
+            return f"{name!r} is the base model's name"
+        if name in self._loading:
+            return f"adapter {name!r} is being loaded"
+        if name in self._named and not replacing:
+            return f"adapter {name!r} is registered already"
+        return None
+
+    @contextlib.contextmanager
+    def _loading_of(self, name: str, done: "Future[Registration]") -> Iterator[None]:
+        """Tell of a load that fails inside."""
         try:
-            packed = self._read_again(version)
+            yield
         except BaseException as error:
             with self._lock:
-                del self._fetches[version.digest]
-                self._fetch_errors[version.digest] = _public(error)
-            raise
+                if self._loading.get(name) is not done:
+                    return  # the store was closed, and told of it
+                del self._loading[name]
+                self._failures += 1
+                self._failed[name] = public(error)
+                if len(self._failed) > MAX_FAILURES:
+                    self._failed.popitem(last=False)
+            done.set_exception(error)
+
+    def _load(self, name: str, path: str | None, done: "Future[Registration]") -> Task | None:
+        """Enter what is at hand already; otherwise it is read whole, which may take long."""
+        with self._loading_of(name, done):
+            folder, root = self._roots.locate(name if path is None else path)
+            found = self._at_hand(folder)
+            if found is None:
+                return partial(self._load_whole, name, folder, root, done)
+            self._enter_whole(name, done, folder, root, found)
+        return None
+
+    def _load_whole(
+        self, name: str, folder: Path, root: Path, done: "Future[Registration]"
+    ) -> None:
+        with self._loading_of(name, done):
+            self._enter_whole(name, done, folder, root, self._reader.whole(folder, root))
+
+    def _enter_whole(
+        self, name: str, done: "Future[Registration]", folder: Path, root: Path, found: Whole
+    ) -> None:
+        source = Source(folder, root, found.outline)
+        self._enter(name, done, source, found.layout, found.version, found)
+
+    def _enter(
+        self, name: str, done: "Future[Registration]", source: Source, layout: Layout,
+        version: Version | None, whole: Whole | None = None,
+    ) -> None:  # fmt: skip
+        """Register `name` in one step, in place of what it had."""
+        registration = make_registration(name, source, layout, version, self._base_name)
         with self._lock:
-            del self._fetches[version.digest]
-            self._host.put(packed)
-        return packed
+            if self._loading.get(name) is not done:
+                return  # the store was closed, and told of it
+            del self._loading[name]
+            self._failed.pop(name, None)
+            before = self._named.get(name)
+            self._named[name] = registration
+            if version is not None:
+                self._hold(registration, version)
+            if whole is not None:
+                self._keep(whole.version.digest, whole.blob, whole.seconds)
+            if before is not None:
+                self._leave(before)
+        done.set_result(registration)
 
-    def _read_again(self, version: Version) -> PackedAdapter:
-        changed = AdapterRejected(f"adapter {version.name!r} changed on disk; load it again")
-        found = self._below_roots(version.path)
-        if found is None:
-            raise changed
-        adapter = read_adapter(found[0], self._model, self._limits, found[1])
-        if adapter.digest != version.digest:
-            raise changed
-        return self._pack(adapter)
+    # Reports -------------------------------------------------------------------------------------
 
-    def _leave_first(self, version: Version | None) -> None:
-        """Let a version's blob be the first to leave unless a name still has it."""
-        if version is not None and version not in self._versions.values():
-            self._host.age(version.digest)
+    def registered(self) -> dict[str, AdapterInfo]:
+        """What is known for good of every registered adapter; the same objects until it changes."""
+        with self._lock:
+            return {name: registration.info for name, registration in self._named.items()}
+
+    def info(self, name: str) -> AdapterInfo:
+        """Present state of what has `name` now; or had it last, is to have it, or failed to.
+
+        Raises:
+            UnknownModel: nothing of that name is known.
+        """
+        registration = self._named.get(name)
+        if registration is not None:
+            return self.describe(registration)
+        found = [info for info in self.infos() if info.name == name]
+        if not found:
+            raise UnknownModel(f"no adapter {printable(name)!r} is registered", param="model")
+        return found[-1]
+
+    def infos(self) -> list[AdapterInfo]:
+        """Present state of all that is registered, loading, draining and failed, by name.
+
+        `state` is "host" where the blob is in memory, "registered" where it is not; what is on the
+        device only the engine knows.
+        """
+        with self._lock:
+            named, draining = dict(self._named), list(self._draining)
+            loading, failed = set(self._loading), dict(self._failed)
+        found = [self.describe(registration) for registration in (*draining, *named.values())]
+        for name in loading - named.keys():
+            found.append(AdapterInfo(name=name, digest="", state="loading", rank=0))
+        for name in failed.keys() - named.keys() - loading:
+            error = failed[name]
+            found.append(AdapterInfo(name=name, digest="", state="failed", rank=0, error=error))
+        return sorted(found, key=lambda info: info.name)
+
+    def describe(self, registration: Registration) -> AdapterInfo:
+        """Present state of one registration, named or not.
+
+        Without the lock: thousands are asked for at a time, and each is true of its moment.
+        """
+        version, error = registration.version, registration.error
+        contents = self._contents.get(version.digest) if version else None
+        in_host = version is not None and version.digest in self._host
+        if not registration.named:
+            state = "draining"
+        elif in_host:
+            state = "host"
+        elif self._jobs.runs(version.digest if version else registration):
+            state = "loading"
+        else:
+            state = "failed" if error else "registered"
+        return replace(
+            registration.info,
+            state=state,
+            digest=version.digest if version else "",
+            bytes_disk=self._cache.size(version.digest) if version else 0,
+            bytes_host=version.packed_bytes if version and in_host else 0,
+            in_flight=registration.uses,
+            seconds=dict(contents.seconds) if contents else {},
+            error=error or self._failed.get(registration.name),
+        )
 
     def close(self) -> None:
-        """Cancel what has not begun and wait for what has."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Drop what has not begun, wait for what has, and tell who waits for a load."""
+        with self._lock:
+            self._closed = True
+        self._jobs.close()
+        with self._lock:
+            waiting = list(self._loading.values())
+            self._loading.clear()
+        for done in waiting:
+            done.set_exception(_closed())
 
 
-class _HostCache:
-    """Blobs by digest, least recently used first; never more than `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.bytes = 0
-        self._blobs: OrderedDict[str, PackedAdapter] = OrderedDict()
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._blobs
-
-    def get(self, digest: str) -> PackedAdapter | None:
-        if digest in self._blobs:
-            self._blobs.move_to_end(digest)
-        return self._blobs.get(digest)
-
-    def put(self, packed: PackedAdapter) -> None:
-        assert packed.blob.nbytes <= self.limit, f"{packed.blob.nbytes} of {self.limit} bytes"
-        if self.get(packed.digest) is not None:
-            return
-        self._blobs[packed.digest] = packed
-        self.bytes += packed.blob.nbytes
-        while self.bytes > self.limit:
-            _, oldest = self._blobs.popitem(last=False)
-            self.bytes -= oldest.blob.nbytes
-
-    def age(self, digest: str) -> None:
-        if digest in self._blobs:
-            self._blobs.move_to_end(digest, last=False)
-
-
-def _public(error: BaseException) -> str:
-    """What may be told of an error: all of ours, of others that there was one."""
-    return error.message if isinstance(error, AdapterRejected) else "internal error"
+def _closed() -> Unavailable:
+    return Unavailable("adapters are loaded no more: the engine was closed")

@@ -6,7 +6,8 @@ ends with; and for those that it ends with, `layers_to_transform`. Whatever besi
 layers is selected is refused, as PEFT refuses it or this server does. Host only: no jax.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from jslora.adapters.patterns import MAX_PATTERNS, compile_pattern
@@ -43,10 +44,10 @@ def targeted(config: Mapping[str, Any], model: ModelConfig) -> list[tuple[int, s
         AdapterRejected: a key is of a wrong kind, nothing is selected, or something beside the
             linear layers is.
     """
-    linear = {module_key(layer, m): (layer, m) for layer in range(model.layers) for m in MODULES}
+    linear = _linear_layers(model.layers)
     excluded = _excluded(config)
-    selected = _selected(config, frozenset(linear))
-    for key in _other_modules(model):
+    selected = _selected(config, linear)
+    for key in _other_modules(model.layers, model.qk_norm):
         if selected(key) and not excluded(key):
             raise AdapterRejected(
                 f"target_modules selects {key}; only {', '.join(MODULES)} can be adapted"
@@ -58,13 +59,19 @@ def targeted(config: Mapping[str, Any], model: ModelConfig) -> list[tuple[int, s
     return found
 
 
-def _other_modules(model: ModelConfig) -> list[str]:
+@lru_cache(maxsize=8)
+def _linear_layers(layers: int) -> dict[str, tuple[int, str]]:
+    return {module_key(layer, m): (layer, m) for layer in range(layers) for m in MODULES}
+
+
+@lru_cache(maxsize=8)
+def _other_modules(layers: int, qk_norm: bool) -> list[str]:
     """Names of the base's modules that are no linear layer of a block."""
     parts = ["", ".self_attn", ".mlp", ".mlp.act_fn", ".input_layernorm"]
     parts += [".post_attention_layernorm"]
-    if model.qk_norm:
+    if qk_norm:
         parts += [".self_attn.q_norm", ".self_attn.k_norm"]
-    blocks = [f"model.layers.{layer}{part}" for layer in range(model.layers) for part in parts]
+    blocks = [f"model.layers.{layer}{part}" for layer in range(layers) for part in parts]
     whole = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     return ["lm_head", *whole, *blocks]
 
@@ -80,7 +87,7 @@ def _excluded(config: Mapping[str, Any]) -> Selector:
     return lambda key: key in names or not names.isdisjoint(_suffixes(key))
 
 
-def _selected(config: Mapping[str, Any], linear: frozenset[str]) -> Selector:
+def _selected(config: Mapping[str, Any], linear: Collection[str]) -> Selector:
     targets = config.get("target_modules")
     if isinstance(targets, str):
         for key in ("layers_to_transform", "layers_pattern"):
@@ -135,8 +142,8 @@ def _names(key: str, value: object) -> frozenset[str]:
     return frozenset(value)
 
 
-def _suffixes(key: str) -> Iterator[str]:
+@lru_cache(maxsize=2**14)  # the modules of a few models; asked for again by every adapter
+def _suffixes(key: str) -> frozenset[str]:
     """What follows each dot of a dotted name."""
-    while "." in key:
-        key = key.partition(".")[2]
-        yield key
+    parts = key.split(".")
+    return frozenset(".".join(parts[i:]) for i in range(1, len(parts)))

@@ -167,9 +167,9 @@ async def measure(
     if load.concurrency is None and spec.rate is None:
         raise ConfigError("give either a concurrency or a rate")
     async with Client(target) as client:
-        await _warm_up(client, spec, load)
+        await warm_up(client, spec, load.warmup, load.concurrency or WARMUP_CONCURRENCY)
         return [
-            await _run(client, generate(spec, run), load, ended)
+            await drive(client, generate(spec, run), load, ended)
             for run in range(1, load.repeat + 1)
         ]
 
@@ -291,22 +291,31 @@ class Client:
 Send = Callable[[Job, float | None], Coroutine[Any, Any, None]]
 
 
-async def _warm_up(client: Client, spec: Spec, load: Load) -> None:
-    if not load.warmup:
+async def warm_up(client: Client, spec: Spec, requests: int, concurrency: int) -> None:
+    """Send requests that nobody measures.
+
+    Raises:
+        Unavailable: one of them failed.
+    """
+    if not requests:
         return
-    closed = Load(concurrency=load.concurrency or WARMUP_CONCURRENCY, requests=load.warmup)
-    run = await _run(client, generate(spec, 0), closed, lambda record: None)
+    closed = Load(concurrency=concurrency, requests=requests)
+    run = await drive(client, generate(spec, 0), closed)
     failed = [record for record in run.records if record.error]
     if failed:
         raise Unavailable(
-            f"{len(failed)} of the {load.warmup} requests of the warm-up failed; "
+            f"{len(failed)} of the {requests} requests of the warm-up failed; "
             f"the first: {failed[0].error}: {failed[0].detail}"
         )
 
 
-async def _run(
-    client: Client, jobs: Iterator[Job], load: Load, ended: Callable[[Record], None]
+async def drive(
+    client: Client,
+    jobs: Iterator[Job],
+    load: Load,
+    ended: Callable[[Record], None] = lambda record: None,
 ) -> Run:
+    """Send `jobs` once, without a warm-up, for as long as `load` says; `ended` sees each record."""
     records: list[Record] = []
 
     async def send(job: Job, due: float | None) -> None:

@@ -187,7 +187,7 @@ def as_json(runs: Sequence[Run], conditions: dict[str, Any]) -> bytes:
     document = {
         "schema": SCHEMA,
         "conditions": conditions,
-        "client": _client(),
+        "client": client_facts(),
         "definitions": DEFINITIONS,
         "spread": spread(summaries),
         "runs": [
@@ -314,7 +314,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _client() -> dict[str, Any]:
+def client_facts() -> dict[str, Any]:
+    """Return what measured, and when."""
     return {
         "jslora": __version__,
         "aiohttp": aiohttp.__version__,

@@ -40,24 +40,30 @@ class PageAllocator:
         self.free -= n
         return pages
 
-    def take_run(self, n: int) -> list[int] | None:
-        """`n` pages, consecutive if any such run is free (the shortest that fits, lowest first)."""
-        if n > self.free:
+    def free_run(self, n: int) -> int | None:
+        """First of `n` consecutive free pages: of the shortest run that fits, the lowest."""
+        edges = np.flatnonzero(np.diff(np.concatenate([[1], self._count != 0, [1]])))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
+        fits = np.flatnonzero(lengths >= n)
+        if n > self.free or len(fits) == 0:
             return None
-        first = self._best_run(n)
-        if first is None:
-            return self.take(n)
+        return int(starts[fits[np.argmin(lengths[fits])]])
+
+    def take_at(self, first: int, n: int) -> list[int]:
+        """The pages from `first` on, which must be free."""
+        taken = self._count[first : first + n] != 0
+        assert first > 0 and not taken.any(), f"{taken.sum()} of {n} pages at {first} are in use"
         self._count[first : first + n] = 1
         self.free -= n
         return list(range(first, first + n))
 
-    def _best_run(self, n: int) -> int | None:
-        edges = np.flatnonzero(np.diff(np.concatenate([[1], self._count != 0, [1]])))
-        starts, lengths = edges[::2], edges[1::2] - edges[::2]
-        fits = np.flatnonzero(lengths >= n)
-        if len(fits) == 0:
-            return None
-        return int(starts[fits[np.argmin(lengths[fits])]])
+    def used(self) -> np.ndarray:
+        """Of each page, whether anything holds it; page 0 counts as held."""
+        return self._count != 0
+
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return int(self._count[page])
 
     def share(self, pages: Iterable[int]) -> None:
         """Count one more holder of each page."""

@@ -1,32 +1,53 @@
-"""What a request is told of its sequence: scores cut to what it asked for, and failures as data.
+"""What a request is told of its sequence: new tokens, its end, scores, and failures as data.
 
 Host only: no jax.
 """
 
 import math
 
-from jslora.errors import JsloraError
+from jslora.batch import RowPlan
+from jslora.errors import CorruptOutput, JsloraError
 from jslora.request import ErrorInfo, TokenEvent, TokenLogprob
+from jslora.schedule.plan import Results
 from jslora.schedule.sequence import Sequence
 
 
-def prompt_scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
-    """Of each prompt token, None for the first, if the request asked for them."""
-    top = sequence.request.params.prompt_logprobs
-    if top is None:
+def news(
+    sequence: Sequence, row: RowPlan, b: int, results: Results, eos: tuple[int, ...]
+) -> TokenEvent | None:
+    """What row `b` of a step means for its request; None where it only got further.
+
+    A token that does not end the sequence is appended to it.
+    """
+    request, params = sequence.request, sequence.request.params
+    scored = params.max_tokens == 0 and row.position + row.length == sequence.prompt_length
+    if not (row.samples or scored):
         return None
-    return (None, *(shortened(sequence.scores[p], top) for p in range(1, sequence.prompt_length)))
-
-
-def all_finite(scores: tuple[TokenLogprob | None, ...] | None) -> bool:
-    """Whether no logprob is a NaN or an infinity."""
-    return all(score is None or math.isfinite(score.logprob) for score in scores or ())
-
-
-def shortened(score: TokenLogprob, n: int | None) -> TokenLogprob:
-    """With the n likeliest alternatives."""
-    return TokenLogprob(
-        token=score.token, logprob=score.logprob, rank=score.rank, top=score.top[: n or 0]
+    begins = sequence.generated == 0
+    prompt_logprobs = _prompt_scores(sequence) if begins else None
+    if not (_all_finite(prompt_logprobs) and (scored or results.finite[b])):
+        return failure(sequence, CorruptOutput("the model's output is not finite"))
+    cached = sequence.cached if begins else 0
+    if scored:
+        return TokenEvent(
+            id=request.id, finish_reason="length",
+            prompt_logprobs=prompt_logprobs, cached_tokens=cached,
+        )  # fmt: skip
+    token = int(results.tokens[b])
+    if _ends(token, sequence, eos):
+        return TokenEvent(
+            id=request.id, finish_reason="stop", stop_token=token,
+            prompt_logprobs=prompt_logprobs, cached_tokens=cached,
+        )  # fmt: skip
+    sequence.tokens.append(token)
+    asked = params.logprobs is not None
+    return TokenEvent(
+        id=request.id,
+        tokens=(token,),
+        logprobs=(_shortened(results.logprob(b), params.logprobs),) if asked else (),
+        finish_reason="length" if sequence.generated >= params.max_tokens else None,
+        prompt_logprobs=prompt_logprobs,
+        cached_tokens=cached,
     )
 
 
@@ -34,3 +55,30 @@ def failure(sequence: Sequence, error: JsloraError) -> TokenEvent:
     """The sequence's last event."""
     info = ErrorInfo(type=error.type, message=error.message, param=error.param)
     return TokenEvent(id=sequence.request.id, error=info)
+
+
+def _ends(token: int, sequence: Sequence, eos: tuple[int, ...]) -> bool:
+    params = sequence.request.params
+    if sequence.generated < params.min_tokens:
+        return False
+    return (not params.ignore_eos and token in eos) or token in params.stop_token_ids
+
+
+def _prompt_scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:
+    """Of each prompt token, None for the first, if the request asked for them."""
+    top = sequence.request.params.prompt_logprobs
+    if top is None:
+        return None
+    return (None, *(_shortened(sequence.scores[p], top) for p in range(1, sequence.prompt_length)))
+
+
+def _all_finite(scores: tuple[TokenLogprob | None, ...] | None) -> bool:
+    """Whether no logprob is a NaN or an infinity."""
+    return all(score is None or math.isfinite(score.logprob) for score in scores or ())
+
+
+def _shortened(score: TokenLogprob, n: int | None) -> TokenLogprob:
+    """With the n likeliest alternatives."""
+    return TokenLogprob(
+        token=score.token, logprob=score.logprob, rank=score.rank, top=score.top[: n or 0]
+    )

@@ -1,111 +1,72 @@
 """What runs in the next step: the scheduler's only output is a `Plan`, its only feedback `commit`.
 
 Rows that decode come first, then prefills in progress, then waiting sequences in order of arrival,
-until the step's tokens, rows or pages run out. When a running sequence cannot get a page, idle
-adapters leave first, then the youngest running sequence is preempted: its pages are freed and it is
-computed again later. A plan may count on tokens that the host has not read yet (they are fed back
-on the device), so a sequence is preempted only once its own are read. Host only: no jax.
+until the step's tokens, rows or pages run out. The adapters of those that wait are brought ahead of
+their turn (`fetch`). When a running sequence cannot get a page, what lies idle leaves first, then
+the youngest running sequence is preempted: its pages are released and it is computed again later,
+from wherever the prefix cache still has it. A plan may count on tokens that the host has not read
+yet (they are fed back on the device), so a sequence is preempted only once its own are read.
+Host only: no jax.
 
-Invariants: after every commit, pages listed by sequences and adapters are exactly those in use; a
-sequence has a slot and holds its adapter if and only if it runs.
+Invariants: after every commit, the pages listed by sequences, the prefix cache and adapters are
+exactly those in use; a sequence has a slot and holds its adapter if and only if it runs; an adapter
+that came for a waiting sequence stays until it was used, unless nothing else could move.
 """
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Collection, Iterable
+from itertools import count, islice
 
-import numpy as np
-
+from jslora.adapters.registration import Registration
+from jslora.adapters.store import AdapterStore
 from jslora.adapters.version import Version
-from jslora.batch import SAMPLERS, RowPlan
-from jslora.errors import AdapterRejected, CorruptOutput, InvalidRequest, JsloraError, Overloaded
-from jslora.memory.pages import PageAllocator
-from jslora.memory.residency import Residency
-from jslora.request import Request, TokenEvent, TokenLogprob
+from jslora.errors import AdapterRejected, InvalidRequest, JsloraError, Overloaded
+from jslora.memory.room import Room
+from jslora.request import Request, TokenEvent
 from jslora.schedule.admission import check_settings
-from jslora.schedule.events import all_finite, failure, prompt_scores, shortened
+from jslora.schedule.events import failure, news
+from jslora.schedule.plan import Limits, Plan, Results, make_plan
 from jslora.schedule.sequence import Sequence
 
 PREFETCH = 8
-"""Waiting sequences, from the front, whose adapters are loaded ahead of their turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a step and the queue (the configuration's `scheduler` section, and the model)."""
-
-    max_running: int
-    max_step_tokens: int
-    max_queued: int
-    max_queued_tokens: int
-    max_model_len: int
-    page_size: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: rows sorted by adapter, their sequences, and which of them are new to their slot.
-
-    Attributes:
-        admitted: sequences whose slot must be given its counts, bias and stop ids first.
-        sampler: the least of `SAMPLERS` that serves every sampled row.
-        scores: (row, first position, last position) whose prompt logprobs are wanted; the logprob
-            of position p comes from the activations of p - 1.
-    """
-
-    rows: list[RowPlan]
-    sequences: list[Sequence]
-    admitted: list[Sequence]
-    sampler: str
-    scores: list[tuple[int, int, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """What the host read back of a step, row by row; `logprob` not after the greedy program."""
-
-    tokens: np.ndarray
-    finite: np.ndarray
-    logprob: Callable[[int], TokenLogprob]
-    scores: dict[tuple[int, int], TokenLogprob]
+"""Waiting sequences, from the front, whose adapters are brought ahead of their turn."""
 
 
 class Scheduler:
     """Waiting and running sequences over one pool of pages."""
 
-    def __init__(self, limits: Limits, pages: PageAllocator, residency: Residency) -> None:
-        self.limits, self.pages, self.residency = limits, pages, residency
+    def __init__(self, limits: Limits, room: Room, store: AdapterStore) -> None:
+        self.limits, self.room, self.store = limits, room, store
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = self.corrupt = self.prompt_tokens = self.generated_tokens = 0
+        self.asked_tokens = self.hit_tokens = 0  # of the prefix cache
         self._slots = list(range(limits.max_running - 1, -1, -1))
         self._by_id: dict[str, Sequence] = {}
         self._orders = count()
         self._failed: list[TokenEvent] = []
+        self._short: Sequence | None = None  # the first whose adapter finds no room
 
     # Requests ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, version: Version | None) -> None:
-        """Queue a request, bound to an adapter version for its whole life.
+    def add(self, request: Request, registration: Registration | None) -> None:
+        """Queue a request, bound to an adapter for its whole life; its end releases it.
 
         Raises:
             InvalidRequest: it can never fit, or its id is in use.
             Overloaded: the queue is full.
         """
-        self._check(request, version)
+        self._check(request, registration)
         seed = request.params.seed
         sequence = Sequence(
-            request, version, secrets.randbits(64) if seed is None else seed % 2**64,
+            request, registration, secrets.randbits(64) if seed is None else seed % 2**64,
             next(self._orders), list(request.prompt),
         )  # fmt: skip
         self._by_id[request.id] = sequence
         self.waiting.append(sequence)
 
-    def _check(self, request: Request, version: Version | None) -> None:
+    def _check(self, request: Request, registration: Registration | None) -> None:
         limits, prompt = self.limits, len(request.prompt)
         if request.id in self._by_id:
             raise InvalidRequest(f"request id {request.id!r} is in use", param="request_id")
@@ -119,11 +80,11 @@ class Scheduler:
                 f"the model's context is {limits.max_model_len}",
                 param="max_tokens",
             )
-        own = version.n_pages if version else 0
-        if self._pages_for(total) + own > self.pages.total - 1:
+        own = registration.n_pages if registration else 0
+        if limits.pages(total) + own > self.room.pages.total - 1:
             raise InvalidRequest(
-                f"{total} tokens need {self._pages_for(total)} pages beside the adapter's {own}; "
-                f"the pool has {self.pages.total - 1}",
+                f"{total} tokens need {limits.pages(total)} pages beside the adapter's {own}; "
+                f"the pool has {self.room.pages.total - 1}",
                 param="max_tokens",
             )
         queued = sum(sequence.prompt_length for sequence in self.waiting)
@@ -138,35 +99,96 @@ class Scheduler:
             if sequence is not None:
                 self._finish(sequence)
 
-    def fail_all(self, error: JsloraError) -> list[TokenEvent]:
-        """End every request with an error, running or waiting."""
-        found = list(self._by_id.values())
+    def fail(self, sequences: Iterable[Sequence], error: JsloraError) -> list[TokenEvent]:
+        """End sequences with an error."""
+        found = list(sequences)
         for sequence in found:
             self._finish(sequence)
         return [failure(sequence, error) for sequence in found]
 
-    def fail_running(self, error: JsloraError) -> list[TokenEvent]:
-        """End what runs with an error; what waits stays."""
-        found = list(self.running)
-        for sequence in found:
-            self._finish(sequence)
-        return [failure(sequence, error) for sequence in found]
+    def fail_all(self, error: JsloraError) -> list[TokenEvent]:
+        """End every request with an error, running or waiting."""
+        return self.fail(self._by_id.values(), error)
+
+    def fail_bound(self, registration: Registration, error: JsloraError) -> list[TokenEvent]:
+        """End what is bound to one adapter."""
+        bound = [s for s in self._by_id.values() if s.registration is registration]
+        return self.fail(bound, error)
 
     @property
     def idle(self) -> bool:
         return not self._by_id and not self._failed
 
-    @property
-    def digests(self) -> set[str]:
-        """Adapters that its requests hold or wait for."""
-        return {sequence.digest for sequence in self._by_id.values() if sequence.version}
-
     def check(self) -> None:
         """Assert the page ledger (see `PageAllocator.check`) and the slots."""
-        residents = [r.placement.pages for r in self.residency.residents.values()]
-        self.pages.check([*(s.pages for s in self.running), *residents])
+        residents = [r.placement.pages for r in self.room.residency.residents.values()]
+        held = self.room.prefix.held()
+        self.room.pages.check([*(s.pages for s in self.running), *residents, *held])
+        self.room.prefix.check()
         slots = sorted([*self._slots, *(s.slot for s in self.running if s.slot is not None)])
         assert slots == list(range(self.limits.max_running)), f"slots in use or free: {slots}"
+
+    # Adapters ahead of their turn ----------------------------------------------------------------
+
+    def fetch(self) -> None:
+        """Start to bring the adapters of those who wait, in order, as far as there is room.
+
+        Whoever is further ahead keeps what it needs: its adapter, and pages for its tokens.
+        """
+        keep, spare = self._wanted_fresh(), 0
+        ahead: set[Registration] = set()
+        self._short = None
+        for sequence in list(islice(self.waiting, PREFETCH)):
+            if sequence.registration:
+                ahead.add(sequence.registration)
+                if len(ahead) > 1 and not self.store.fits_host(sum(r.n_pages for r in ahead)):
+                    return  # one would push the other out of host memory
+                try:
+                    version = self.store.resolve(sequence.registration)
+                    if version and not self._bring(version, sequence, keep, spare):
+                        self._short = sequence
+                        return
+                except AdapterRejected as error:
+                    self._failed += self.fail([sequence], error)
+                    continue
+                if version:
+                    keep.add(version.digest)
+            spare += self.limits.pages(len(sequence.tokens))
+
+    def _bring(
+        self, version: Version, sequence: Sequence, keep: Collection[str], spare: int
+    ) -> bool:
+        """Start to bring an adapter unless it is here; False if there is no room for it.
+
+        Raises:
+            AdapterRejected: its files could not be read again.
+        """
+        residency = self.room.residency
+        residency.revive(version.digest)
+        if version.digest in residency.residents:
+            return True
+        blob = self.store.blob(version)
+        if blob is None:
+            return True  # being read; asked for again in the next step
+        pages = self.room.take_run(version.n_pages, keep, spare)
+        if pages is None and self._last_resort(sequence):
+            pages = self.room.take_run(version.n_pages)
+        if pages is None:
+            return False
+        residency.bring(version, blob, pages)
+        return True
+
+    def _last_resort(self, sequence: Sequence) -> bool:
+        """Whether it is next, and no sequence and no transfer will ever free a page for it."""
+        moves = self.running or self.room.residency.loading
+        return not moves and sequence is self.waiting[0]
+
+    def _wanted_fresh(self) -> set[str]:
+        """Adapters that came for a waiting sequence and were not used yet, and pinned ones."""
+        residency = self.room.residency
+        fresh = {digest for digest, r in residency.residents.items() if r.fresh}
+        wanted = {sequence.digest for sequence in self.waiting} if fresh else set()
+        return fresh & wanted | residency.pinned
 
     # Planning ------------------------------------------------------------------------------------
 
@@ -187,7 +209,9 @@ class Scheduler:
             planned.append((sequence, n))
             admitted.append(sequence)
             budget -= n
-        return self._make(planned, admitted) if planned else None
+        if not planned:
+            return None
+        return make_plan(planned, admitted, self.limits, self.room.residency.placement)
 
     def _remaining(self, sequence: Sequence) -> int:
         return len(sequence.tokens) + sequence.pending - sequence.computed
@@ -195,70 +219,60 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Sequence]:
         """Waiting sequences that start now; the first that lacks pages holds back all others."""
         started: list[Sequence] = []
-        keep: set[str] = set()  # adapters that those further ahead in the queue wait for
-        for ahead, sequence in enumerate(list(self.waiting)):
-            if budget <= 0 or not self._slots or (ahead - len(started)) >= PREFETCH:
+        keep = self._wanted_fresh()
+        residency = self.room.residency
+        for sequence in list(islice(self.waiting, PREFETCH + len(self._slots))):
+            if budget <= 0 or not self._slots or sequence is self._short:
                 break
-            if sequence.version:
-                ready = self._adapter_ready(sequence, keep)
-                if ready is None:
-                    break
-                if not ready:
-                    continue
-            # Room for all it has, or it would start only to be preempted halfway.
-            need = self._pages_for(len(sequence.tokens))
-            if not self.residency.make_room(
-                need, {*keep, sequence.digest}, last_resort=self._nothing_moves
-            ):
+            if sequence.registration:
+                if residency.placement(sequence.digest) is None:
+                    continue  # on its way
+                keep.add(sequence.digest)
+            if not self._start(sequence, keep):
                 break
-            self._start(sequence, need)
             started.append(sequence)
             budget -= self._remaining(sequence)
         return started
 
-    @property
-    def _nothing_moves(self) -> bool:
-        """Whether no sequence and no transfer will ever free a page."""
-        return not self.running and not self.residency.loading
-
-    def _adapter_ready(self, sequence: Sequence, keep: set[str]) -> bool | None:
-        """Whether its adapter is on the device; None if there is no room for it yet."""
-        version = sequence.version
-        assert version is not None
-        try:
-            if not self.residency.ensure(version, keep, last_resort=self._nothing_moves):
-                return None
-        except AdapterRejected as error:
-            self._finish(sequence)
-            self._failed.append(failure(sequence, error))
+    def _start(self, sequence: Sequence, keep: Collection[str]) -> bool:
+        """Give a waiting sequence pages for all it has, or it would be preempted halfway."""
+        known: list[int] = []
+        if self.room.prefix.enabled and sequence.request.params.prompt_logprobs is None:
+            # Its last token must be computed, for what comes after it.
+            most = (len(sequence.tokens) - 1) // self.limits.page_size
+            known = self.room.prefix.take(sequence.keys(most, self.limits.page_size))
+        need = self.limits.pages(len(sequence.tokens)) - len(known)
+        pages = self.room.take(need, keep)
+        if pages is None and self._last_resort(sequence):
+            pages = self.room.take(need, {sequence.digest})
+        if pages is None:
+            self.room.prefix.release(known)
             return False
-        keep.add(version.digest)
-        return self.residency.placement(version) is not None
-
-    def _start(self, sequence: Sequence, need: int) -> None:
-        pages = self.pages.take(need)
-        assert pages is not None, f"{self.pages.free} pages free, {need} promised"
-        sequence.pages = pages
+        sequence.pages, sequence.published = known + pages, len(known)
+        sequence.computed = len(known) * self.limits.page_size
+        sequence.cached = min(sequence.computed, sequence.prompt_length)
+        self.asked_tokens += sequence.prompt_length
+        self.hit_tokens += sequence.cached
         sequence.slot = self._slots.pop()
-        if sequence.version:
-            self.residency.acquire(sequence.digest)
+        if sequence.registration:
+            self.room.residency.acquire(sequence.digest)
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        return True
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give a running sequence pages for so many tokens; False if it must wait for them."""
-        need = self._pages_for(tokens) - len(sequence.pages)
+        need = self.limits.pages(tokens) - len(sequence.pages)
         if need <= 0:
             return True
         alone = len(self.running) == 1
-        keep = () if alone else {s.digest for s in self.waiting}
-        room = self.residency.make_room
-        if not (room(need, keep) or room(need, (), last_resort=alone)):
-            if not alone:  # else an adapter is loading, and can leave when it is here
+        more = self.room.take(need, {s.digest for s in self.waiting} | self.room.residency.pinned)
+        if more is None:
+            more = self.room.take(need, () if alone else self._wanted_fresh())
+        if more is None:
+            if not alone:  # else an adapter is on its way, and can leave when it is here
                 self._make_way()
             return False
-        more = self.pages.take(need)
-        assert more is not None, f"{self.pages.free} pages free, {need} promised"
         sequence.pages += more
         return True
 
@@ -276,51 +290,6 @@ class Scheduler:
             older = sum(s.order < sequence.order for s in self.waiting)
             self.waiting.insert(older, sequence)
 
-    def _make(self, planned: list[tuple[Sequence, int]], admitted: list[Sequence]) -> Plan:
-        planned.sort(key=lambda item: (item[0].digest, item[0].order))
-        rows = [self._row(sequence, n) for sequence, n in planned]
-        sequences = [sequence for sequence, _ in planned]
-        scores = []
-        for b, (sequence, n) in enumerate(planned):
-            first = sequence.computed + 1
-            last = min(sequence.computed + n, sequence.prompt_length - 1)
-            if sequence.request.params.prompt_logprobs is not None and last >= first:
-                scores.append((b, first, last))
-            sequence.computed += n
-            sequence.pending += rows[b].samples
-        needs = [s.sampler for r, s in zip(rows, sequences, strict=True) if r.samples]
-        sampler = SAMPLERS[max(needs, default=0)]
-        return Plan(rows, sequences, [s for s in admitted if s.stateful], sampler, scores)
-
-    def _row(self, sequence: Sequence, n: int) -> RowPlan:
-        p, first = sequence.request.params, sequence.computed
-        end, known = first + n, len(sequence.tokens)
-        assert sequence.slot is not None, f"request {sequence.request.id} runs without a slot"
-        placement = self.residency.placement(sequence.version) if sequence.version else None
-        assert (placement is None) == (sequence.version is None), "a running adapter is not there"
-        return RowPlan(
-            tokens=sequence.tokens[first : min(end, known)],
-            fed=end > known,
-            position=first,
-            pages=sequence.pages[: self._pages_for(end)],
-            slot=sequence.slot,
-            samples=end == known + sequence.pending and p.max_tokens > 0,
-            placement=placement,
-            seed=sequence.seed,
-            temperature=p.temperature,
-            top_k=p.top_k,
-            top_p=p.top_p,
-            min_p=p.min_p,
-            repetition=p.repetition_penalty,
-            presence=p.presence_penalty,
-            frequency=p.frequency_penalty,
-            hold_stop=end - sequence.prompt_length < p.min_tokens,
-            stateful=sequence.stateful,
-        )
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.limits.page_size)
-
     # Feedback ------------------------------------------------------------------------------------
 
     def commit(self, plan: Plan, results: Results) -> list[TokenEvent]:
@@ -332,61 +301,38 @@ class Scheduler:
             sequence.pending -= row.samples
             if sequence.finished:
                 continue
-            event = self._news(sequence, row, b, results)
+            if results.finite[b] and sequence.life == plan.lives[b]:
+                self._publish(sequence, row.position + row.length)
+            before = sequence.generated
+            event = news(sequence, row, b, results, self.limits.eos_token_ids)
             if event is not None:
+                self._count(sequence, before, event)
                 events.append(event)
                 if event.last:
                     self._finish(sequence)
         return events
 
+    def _publish(self, sequence: Sequence, computed: int) -> None:
+        """Offer the prefix cache the pages that a completed step filled."""
+        size = self.limits.page_size
+        if not self.room.prefix.enabled or computed // size <= sequence.published:
+            return
+        keys = sequence.keys(computed // size, size)
+        for i in range(sequence.published, len(keys)):
+            self.room.prefix.publish(keys[i], sequence.pages[i], sequence.digest)
+        sequence.published = len(keys)
+
+    def _count(self, sequence: Sequence, before: int, event: TokenEvent) -> None:
+        if event.error is not None:
+            self.corrupt += 1
+        elif before == 0:
+            self.prompt_tokens += sequence.prompt_length
+        self.generated_tokens += len(event.tokens)
+
     def failures(self) -> list[TokenEvent]:
         """Requests that ended without a step since the last call."""
         failed, self._failed = self._failed, []
         return failed
-
-    def _news(
-        self, sequence: Sequence, row: RowPlan, b: int, results: Results
-    ) -> TokenEvent | None:
-        request, params = sequence.request, sequence.request.params
-        scored = params.max_tokens == 0 and row.position + row.length == sequence.prompt_length
-        if not (row.samples or scored):
-            return None
-        prompt_logprobs = None
-        if sequence.generated == 0:
-            self.prompt_tokens += sequence.prompt_length
-            prompt_logprobs = prompt_scores(sequence)
-        if not (all_finite(prompt_logprobs) and (scored or results.finite[b])):
-            self.corrupt += 1
-            return failure(sequence, CorruptOutput("the model's output is not finite"))
-        if scored:
-            return TokenEvent(
-                id=request.id, finish_reason="length", prompt_logprobs=prompt_logprobs
-            )
-        token = int(results.tokens[b])
-        if self._ends(token, sequence):
-            return TokenEvent(
-                id=request.id,
-                finish_reason="stop",
-                stop_token=token,
-                prompt_logprobs=prompt_logprobs,
-            )
-        sequence.tokens.append(token)
-        self.generated_tokens += 1
-        asked = params.logprobs is not None
-        return TokenEvent(
-            id=request.id,
-            tokens=(token,),
-            logprobs=(shortened(results.logprob(b), params.logprobs),) if asked else (),
-            finish_reason="length" if sequence.generated >= params.max_tokens else None,
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _ends(self, token: int, sequence: Sequence) -> bool:
-        params = sequence.request.params
-        if sequence.generated < params.min_tokens:
-            return False
-        eos = not params.ignore_eos and token in self.limits.eos_token_ids
-        return eos or token in params.stop_token_ids
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
@@ -395,17 +341,20 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self._stop(sequence)
+        if sequence.registration:
+            self.store.release(sequence.registration)
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence off the device. Steps in flight may still touch its pages and slot, but
         whatever gets those next is written by a later step."""
         self.running.remove(sequence)
-        self.pages.release(sequence.pages)
+        self.room.prefix.release(sequence.pages)
         assert sequence.slot is not None, f"request {sequence.request.id} does not run"
         self._slots.append(sequence.slot)
-        sequence.pages, sequence.slot = [], None
-        if sequence.version:
-            self.residency.release(sequence.digest)
+        sequence.pages, sequence.slot, sequence.published = [], None, 0
+        sequence.life += 1
+        if sequence.registration:
+            self.room.residency.release(sequence.digest)
 
     def adapters_of(self, sequences: Collection[Sequence]) -> tuple[str, ...]:
         return tuple(sorted({s.request.adapter for s in sequences if s.request.adapter}))

@@ -36,6 +36,7 @@ def create_app(service: Service) -> ASGIApp:
         routes.generation,
         routes.models,
         routes.adapters,
+        routes.aliases,
         routes.documentation,
     ):
         app.include_router(router)

@@ -8,7 +8,7 @@ whatever is left.
 from dataclasses import dataclass
 
 from jslora.request import Request, TokenEvent, TokenLogprob
-from jslora.server.client import exception
+from jslora.server.channel import exception
 from jslora.text import TextAssembler
 from jslora.tokenizer import Tokenizer
 
@@ -38,6 +38,7 @@ class Choice:
         finish_reason: "stop" or "length" once the last part can be taken.
         stop_reason: the stop string or stop token id that ended it.
         parts: how many parts were taken.
+        cached_tokens: how many of the prompt's tokens were in the prefix cache.
     """
 
     def __init__(self, index: int, request: Request, echo: str, tokenizer: Tokenizer) -> None:
@@ -45,7 +46,7 @@ class Choice:
         self.request = request
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.parts = 0
+        self.parts = self.cached_tokens = 0
         self._over = False
         self._tokenizer = tokenizer
         self._assembler = TextAssembler(tokenizer, request.params, request.prompt)
@@ -65,6 +66,7 @@ class Choice:
         """
         if event.error is not None:
             raise exception(event.error)
+        self.cached_tokens += event.cached_tokens
         scored = self.request.params.logprobs is not None
         if scored and event.prompt_logprobs is not None:
             self._scored += self.request.prompt

@@ -4,8 +4,8 @@ Invariants:
 - a sequence is outstanding from `submit` until its last event, its cancellation or the engine's
   death; at most `max_running + max_queued` are, and the prompts of those that have had no event
   hold at most `max_queued_tokens` tokens;
-- when the engine dies, every open channel and every pending command fails at once, and adapters
-  loaded or unloaded at run time are put back before the next engine counts as ready;
+- when the engine dies, every open channel and every pending command fails at once, and the next
+  engine counts as ready once it has the adapters that this one had;
 - a start that never succeeded is not repeated: what stopped it will stop it again.
 """
 
@@ -17,21 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from jslora import wire
 from jslora.config import EngineConfig
-from jslora.errors import (
-    BY_TYPE,
-    EngineFailed,
-    InvalidRequest,
-    JsloraError,
-    Overloaded,
-    Unavailable,
-)
-from jslora.request import AdapterInfo, EngineInfo, ErrorInfo, Request, Stats, TokenEvent
-from jslora.server.channel import Channel
+from jslora.errors import EngineFailed, InvalidRequest, JsloraError, Overloaded, Unavailable
+from jslora.request import EngineInfo, Request, Stats, TokenEvent
+from jslora.server.channel import Channel, exception
 from jslora.server.process import EngineProcess
+from jslora.server.registry import Adapters
 
 log = logging.getLogger("jslora.server")
 
@@ -81,7 +73,7 @@ class EngineClient:
     ) -> None:
         self.state: State = "starting"
         self.info: EngineInfo | None = None
-        self.adapters: dict[str, AdapterInfo] = {}
+        self.adapters = Adapters(self.engine, self._send)
         self.stats = Stats()
         self.restarts = 0
         self.was_ready = asyncio.Event()
@@ -94,9 +86,6 @@ class EngineClient:
         self._heard = 0.0
         self._channels: dict[str, Channel] = {}
         self._unanswered: dict[str, int] = {}  # prompt tokens of sequences without an event
-        self._replies: dict[int, asyncio.Future[wire.Reply]] = {}
-        self._seq = 0
-        self._journal: dict[str, wire.LoadAdapter | wire.UnloadAdapter] = {}
 
     # Requests -------------------------------------------------------------------------------------
 
@@ -113,7 +102,7 @@ class EngineClient:
             Overloaded: the queue is full; the same requests may be admitted later.
             InvalidRequest: the queue could never hold them.
         """
-        process = self._connected()
+        self.engine()
         self._admit([len(request.prompt) for request in requests])
         channel = Channel((request.id for request in requests), self._abort)
         for request in requests:
@@ -121,7 +110,7 @@ class EngineClient:
             self._unanswered[request.id] = len(request.prompt)
         try:
             for request in requests:
-                process.send(wire.Submit(request))
+                self._send(wire.Submit(request))
         except Unavailable:
             channel.close()
             raise
@@ -153,7 +142,8 @@ class EngineClient:
             self._channels.pop(id, None)
             self._unanswered.pop(id, None)
         with contextlib.suppress(Unavailable, EngineGone):  # a dead engine runs nothing
-            self._connected().send(wire.Abort(ids))
+            self.engine()
+            self._send(wire.Abort(ids))
 
     def engine(self) -> EngineInfo:
         """What the engine said of itself.
@@ -167,63 +157,10 @@ class EngineClient:
             raise Unavailable(f"the engine is {self.state}")
         return self.info
 
-    def _connected(self) -> EngineProcess:
-        self.engine()
-        assert self._process is not None, "a ready engine without a process"
-        return self._process
-
-    # Adapters -------------------------------------------------------------------------------------
-
-    async def load_adapter(self, name: str, path: str | None, replace: bool) -> None:
-        """Register an adapter; `path` None means the folder of that name below a root.
-
-        Raises:
-            JsloraError: what the engine answered, or that it died meanwhile.
-        """
-        self._connected()
-        await self._change(wire.LoadAdapter(0, name, path, replace))
-        # After a restart the name may be there again from the configuration.
-        self._journal[name] = wire.LoadAdapter(0, name, path, True)
-
-    async def unload_adapter(self, name: str) -> None:
-        """Drain and forget an adapter.
-
-        Raises:
-            JsloraError: as `load_adapter`.
-        """
-        self._connected()
-        command = wire.UnloadAdapter(0, name)
-        await self._change(command)
-        self._journal[name] = command
-
-    async def _change(self, command: wire.LoadAdapter | wire.UnloadAdapter) -> None:
-        """Have a command obeyed, and the view of the adapters follow."""
-        assert self._process is not None, "a command without an engine"
-        self._seq += 1
-        seq = self._seq
-        reply = self._replies[seq] = asyncio.get_running_loop().create_future()
-        try:
-            self._process.send(msgspec.structs.replace(command, seq=seq))
-            answer = await reply
-        finally:
-            self._replies.pop(seq, None)
-        if answer.error is not None:
-            raise exception(answer.error)
-        if isinstance(command, wire.UnloadAdapter):
-            self.adapters.pop(command.name, None)
-        else:
-            assert answer.adapter is not None, f"no adapter in the answer to {command}"
-            self.adapters[command.name] = answer.adapter
-
-    async def _replay(self) -> None:
-        """Put a restarted engine's adapters back to what they were."""
-        for name, command in list(self._journal.items()):
-            if isinstance(command, wire.UnloadAdapter) and name not in self.adapters:
-                continue  # it was not there from the configuration either
-            try:
-                await self._change(command)
-            except JsloraError as error:
-                log.error("adapter %s is not as it was before the restart: %s", name, error)
+    def _send(self, command: wire.Command) -> None:
+        if self._process is None:
+            raise Unavailable("the engine is not running")
+        self._process.send(command)
 
     # What the engine says -------------------------------------------------------------------------
 
@@ -232,18 +169,16 @@ class EngineClient:
         match news:
             case wire.Events(events):
                 self._on_events(events)
-            case wire.Pulse(stats, adapters):
+            case wire.Pulse(stats, changed, removed):
                 self.stats = stats
-                if adapters is not None:
-                    self.adapters = {info.name: info for info in adapters}
-            case wire.Reply(seq):
-                if (reply := self._replies.get(seq)) is not None and not reply.done():
-                    reply.set_result(news)
+                self.adapters.update(changed, removed)
+            case wire.Reply() | wire.Described():
+                self.adapters.answer(news)
             case wire.Progress(stage, done, total, note):
                 self._progress(stage, done, total, note)
             case wire.Ready(info):
                 self.info = info
-                self.adapters = {adapter.name: adapter for adapter in info.adapters}
+                self.adapters.begin(info.adapters)
                 self._started.set()
             case wire.Failed(error):
                 self._failed = exception(error)
@@ -313,7 +248,7 @@ class EngineClient:
 
     async def _become_ready(self) -> None:
         await self._started.wait()
-        await self._replay()
+        await self.adapters.replay()
         self.state = "ready"
         self.was_ready.set()
 
@@ -341,9 +276,7 @@ class EngineClient:
         log.error("the engine process died: %s", reason)
 
     def _fail_everything(self, error: JsloraError) -> None:
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_exception(copy.copy(error))
+        self.adapters.fail(error)
         self.fail_all(error)
 
 
@@ -352,8 +285,3 @@ async def _finish(process: EngineProcess, death: asyncio.Task[int]) -> None:
     with contextlib.suppress(Unavailable):
         process.send(wire.Drain())
         await asyncio.wait({death}, timeout=STOP_SECONDS)
-
-
-def exception(info: ErrorInfo) -> JsloraError:
-    """The error that an engine sent as data."""
-    return BY_TYPE.get(info.type, JsloraError)(info.message, param=info.param)

@@ -28,6 +28,7 @@ from jslora.server.bars import Bars
 from jslora.server.client import EngineClient, EngineStopped
 from jslora.server.http import HttpServer, bind
 from jslora.server.metrics import Metrics
+from jslora.server.names import Names
 from jslora.server.process import start_line
 from jslora.server.service import Service
 from jslora.tokenizer import Tokenizer
@@ -174,6 +175,7 @@ async def _serve(
     service = Service(
         config=config,
         client=client,
+        names=Names(config.model.served_name, client.adapters),
         tokenizer=tokenizer,
         keys=KeyRing(config.auth),
         metrics=Metrics(client, config),
@@ -238,13 +240,17 @@ async def _report(client: EngineClient) -> None:
         now = client.stats
         prompt = (now.prompt_tokens - before.prompt_tokens) / REPORT_SECONDS
         generated = (now.generated_tokens - before.generated_tokens) / REPORT_SECONDS
+        asked = now.prefix_asked_tokens - before.prefix_asked_tokens
+        hits = (now.prefix_hit_tokens - before.prefix_hit_tokens) / asked if asked > 0 else 0.0
         before = now
         if prompt > 0 or generated > 0:
             log.info(
                 "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
-                "Running: %d reqs, Waiting: %d reqs, Pages: %d KV, %d adapters, %d free of %d",
-                prompt, generated, now.running, now.waiting,
-                now.pages_kv, now.pages_adapters, now.pages_free, now.pages_total,
+                "Running: %d reqs, Waiting: %d reqs, "
+                "Pages: %d KV, %d cached, %d adapters, %d free of %d, "
+                "Prefix cache hit rate: %.1f%%",
+                prompt, generated, now.running, now.waiting, now.pages_kv, now.pages_cached,
+                now.pages_adapters, now.pages_free, now.pages_total, 100 * hits,
             )  # fmt: skip
 
 
@@ -254,8 +260,8 @@ def _ready_line(service: Service, listener: socket.socket, seconds: float) -> st
     host, port = listener.getsockname()[:2]
     if ":" in host:
         host = f"[{host}]"
-    adapters = len(service.client.adapters)
+    adapters = len(service.client.adapters.known)
     return (
         f"Ready in {seconds:.1f} s: http://{host}:{port} "
-        f"({service.base} + {adapters} adapters, {info.pages} pages)"
+        f"({service.names.base} + {adapters} adapters, {info.pages} pages)"
     )

@@ -87,7 +87,7 @@ class Generation(Response):
         while self._unfinished:
             for event in await channel.next(self._service.config.server.keep_alive_seconds):
                 self._feed(channel, event)
-        body = self._writer.whole(list(self._choices.values()))
+        body = self._writer.whole(list(self._choices.values()), self._usage())
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
@@ -117,7 +117,7 @@ class Generation(Response):
             frames = b"".join([self._frames(choice) for choice in fed])
             if frames or not events:
                 await self._write(send, frames or KEEP_ALIVE)
-        end = self._writer.usage(self._generated()) if self._job.include_usage else b""
+        end = self._writer.usage(self._usage()) if self._job.include_usage else b""
         await self._write(send, end + DONE, more=False)
 
     def _frames(self, choice: Choice) -> bytes:
@@ -125,8 +125,8 @@ class Generation(Response):
         part = choice.take()
         if part is None:
             return b""
-        generated = self._generated() if self._job.continuous_usage else 0
-        return self._writer.part(choice, part, generated)
+        usage = self._usage() if self._job.continuous_usage else None
+        return self._writer.part(choice, part, usage)
 
     def _feed(self, channel: Channel, event: TokenEvent) -> Choice:
         """Give an event to its choice."""
@@ -141,6 +141,12 @@ class Generation(Response):
             timer.stop(choice.finish_reason)
             channel.cancel(event.id)  # it is open still if a stop string ended it
         return choice
+
+    def _usage(self) -> openai.Usage:
+        """Tokens so far; of a prompt's n choices, the first tells what was cached."""
+        choices = list(self._choices.values())
+        cached = sum(choice.cached_tokens for choice in choices[:: self._job.n])
+        return openai.usage(self._job.prompt_tokens, self._generated(), cached)
 
     def _generated(self) -> int:
         return sum(choice.completion_tokens for choice in self._choices.values())

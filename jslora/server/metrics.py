@@ -7,7 +7,6 @@ start again at zero when it is restarted, which Prometheus' `rate` allows for.
 """
 
 import time
-from collections import Counter as Tally
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -33,12 +32,24 @@ _GAUGES = (
     ("num_requests_waiting", "waiting", "Sequences that wait to run."),
     ("pages_total", "pages_total", "Pages of the pool."),
     ("pages_free", "pages_free", "Pages that hold nothing."),
-    ("pages_kv", "pages_kv", "Pages that hold KV cache."),
+    ("pages_kv", "pages_kv", "Pages that hold KV cache of sequences."),
+    ("pages_cached", "pages_cached", "Pages that only the prefix cache holds."),
     ("lora_pages", "pages_adapters", "Pages that hold adapter weights."),
+    ("lora_host_bytes", "host_bytes", "Bytes of packed adapters in host memory."),
+    ("lora_adapters_registered", "adapters_registered", "Adapters that may be asked for."),
+    ("lora_adapters_host", "adapters_host", "Adapters packed in host memory."),
+    ("lora_adapters_device", "adapters_device", "Adapters on the device."),
 )
 _COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "Prompt tokens processed."),
     ("generation_tokens", "generated_tokens", "Tokens generated."),
+    (
+        "prefix_cache_queries",
+        "prefix_asked_tokens",
+        "Prompt tokens looked for in the prefix cache.",
+    ),
+    ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    ("prefix_cache_evictions", "prefix_evictions", "Pages the prefix cache gave up."),
     ("num_preemptions", "preemptions", "Sequences preempted for lack of pages."),
     ("corrupted_requests", "corrupt_requests", "Sequences ended because logits were not finite."),
     ("steps", "steps", "Steps of the engine."),
@@ -156,10 +167,11 @@ class EngineMetrics(Collector):
             yield self._counter(name, text, getattr(stats, field))
         yield self._counter("engine_restarts", "Times the engine was restarted.", client.restarts)
         yield self._gauge("engine_up", "1 while the engine serves.", client.state == "ready")
-        used = 1 - stats.pages_free / stats.pages_total if stats.pages_total else 0.0
+        unused = stats.pages_free + stats.pages_cached
+        used = 1 - unused / stats.pages_total if stats.pages_total else 0.0
         yield self._gauge("kv_cache_usage_perc", "Share of the pool in use, 0 to 1.", used)
         yield self._info()
-        yield self._states()
+        yield self._load_seconds(stats)
         yield self._adapters(stats)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
@@ -180,13 +192,13 @@ class EngineMetrics(Collector):
             family.add_metric([name, str(info.page_size), str(info.pages)], 1)
         return family
 
-    def _states(self) -> Metric:
-        family = GaugeMetricFamily(
-            "jslora:lora_adapters", "Registered adapters by state.", labels=["model_name", "state"]
+    def _load_seconds(self, stats: Stats) -> Metric:
+        labels = ["model_name", "stage"]
+        family = CounterMetricFamily(
+            "jslora:lora_load_seconds", "Seconds spent loading adapters, by stage.", labels=labels
         )
-        tally = Tally(info.state for info in self._client.adapters.values())
-        for state, count in sorted(tally.items()):
-            family.add_metric([self._config.model.served_name, state], count)
+        for stage, seconds in sorted(stats.adapter_seconds.items()):
+            family.add_metric([self._config.model.served_name, stage], seconds)
         return family
 
     def _adapters(self, stats: Stats) -> Metric:

@@ -17,10 +17,15 @@ LOWEST_LOGPROB = -9999.0
 encode = msgspec.json.Encoder().encode
 
 
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -103,9 +108,9 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     prompt_token_ids: Sequence[int] | None = None
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
-    """Token counts with their sum."""
-    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+def usage(prompt: int, completion: int, cached: int) -> Usage:
+    """Token counts; `cached` of the prompt's tokens were in the prefix cache."""
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
 def frame(payload: Any) -> bytes:

@@ -25,6 +25,7 @@ class Job:
     """One request of a client.
 
     Attributes:
+        model: the base or the adapter that answers, which is not what an alias was called.
         requests: its sequences, n in a row for each prompt.
         echo: per sequence, the prompt's text to begin the answer with; empty for no echo.
     """
@@ -54,7 +55,7 @@ async def completion_job(service: Service, body: CompletionBody, key: Key) -> Jo
         InvalidRequest, UnknownModel, Unavailable: as they say.
     """
     engine = service.engine()
-    adapter = service.adapter(body.model, key)
+    adapter = service.names.resolve(body.model, key, body.user)
     _bound_choices(len(body.prompts), body.n)
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("max_tokens 0 needs echo: true", param="max_tokens")
@@ -70,7 +71,8 @@ async def completion_job(service: Service, body: CompletionBody, key: Key) -> Jo
             echo += [text] * body.n
     params = [_completion_params(body, len(prompt), engine) for prompt in prompts]
     _bound_scores(params, [len(prompt) for prompt in prompts] if body.echo else [], body.n)
-    return _job("cmpl", body, key, adapter, prompts, params, tuple(echo))
+    model = adapter or service.names.base
+    return _job("cmpl", body, key, model, adapter, prompts, params, tuple(echo))
 
 
 async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
@@ -80,7 +82,7 @@ async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
         InvalidRequest, UnknownModel, Unavailable: as they say.
     """
     engine = service.engine()
-    adapter = service.adapter(body.model, key)
+    adapter = service.names.resolve(body.model, key, body.user)
     messages = [message.plain() for message in body.messages]
     prompt = tuple(await service.render(messages, engine.max_model_len, body.add_generation_prompt))
     asked = body.max_completion_tokens or body.max_tokens
@@ -90,7 +92,8 @@ async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _with_ids_checked(body.sampling(max_tokens, logprobs=logprobs), engine)
     _bound_scores([params], [], body.n)
-    return _job("chatcmpl", body, key, adapter, [prompt], [params])
+    model = adapter or service.names.base
+    return _job("chatcmpl", body, key, model, adapter, [prompt], [params])
 
 
 def _completion_params(body: CompletionBody, length: int, engine: EngineInfo) -> SamplingParams:
@@ -108,6 +111,7 @@ def _job(
     prefix: str,
     body: GenerationBody,
     key: Key,
+    model: str,
     adapter: str | None,
     prompts: Sequence[tuple[int, ...]],
     params: Sequence[SamplingParams],
@@ -126,12 +130,13 @@ def _job(
                     params=replace(sampling, seed=seed),
                     adapter=adapter,
                     tenant=key.tenant,
+                    cache_salt=body.cache_salt,
                 )
             )
     options = body.stream_options
     return Job(
         id=id,
-        model=body.model,
+        model=model,
         created=int(time.time()),
         chat=isinstance(body, ChatBody),
         requests=tuple(requests),

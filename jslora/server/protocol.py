@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from jslora.aliases import MAX_TARGETS
 from jslora.config import NAME
 from jslora.errors import InvalidRequest
 from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
@@ -18,6 +19,9 @@ MAX_N = 64
 MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 128
+MAX_DRAIN_SECONDS = 3600
+MAX_WEIGHT = 1e9
 MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**53
 
@@ -96,6 +100,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     user: Annotated[str, Field(max_length=1024)] = ""
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -242,9 +247,22 @@ class LoadBody(Body):
 
 
 class UnloadBody(Body):
-    """`POST /v1/unload_lora_adapter`."""
+    """`POST /v1/unload_lora_adapter`; `drain_seconds` in place of the configuration's."""
 
     lora_name: Annotated[str, Field(pattern=rf"^{NAME}$")]
+    drain_seconds: Annotated[float, Field(ge=0, le=MAX_DRAIN_SECONDS)] | None = None
+
+
+class AliasBody(Body):
+    """`PUT /v1/aliases/{name}`: names of adapters, or the base's, with their weights."""
+
+    targets: Annotated[
+        dict[
+            Annotated[str, Field(pattern=rf"^{NAME}$")],
+            Annotated[float, Field(gt=0, le=MAX_WEIGHT)],
+        ],
+        Field(min_length=1, max_length=MAX_TARGETS),
+    ]
 
 
 class TokenizeBody(Body):

@@ -3,12 +3,12 @@
 A key is checked by the router a route belongs to, before its body is read.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
+import msgspec
 import pydantic
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -16,15 +16,17 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from jslora import __version__
-from jslora.config import Key
-from jslora.errors import InvalidRequest, UnknownModel
+from jslora.aliases import Alias
+from jslora.config import NAME, Key
+from jslora.errors import UnknownModel
 from jslora.request import AdapterInfo
 from jslora.server import openai, schema
-from jslora.server.auth import Forbidden
+from jslora.server.auth import Forbidden, may_use
 from jslora.server.body import read_model
 from jslora.server.generation import Generation
 from jslora.server.prepare import chat_job, completion_job
 from jslora.server.protocol import (
+    AliasBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -56,8 +58,11 @@ Caller = Annotated[Key, Depends(_caller)]
 
 async def _admin(service: Server, key: Caller) -> None:
     if not key.admin:
-        raise Forbidden("this key may not load or unload adapters")
+        raise Forbidden("this key may not change which models are served")
     service.engine()
+
+
+async def _loader(service: Server, _: Annotated[None, Depends(_admin)]) -> None:
     if not service.config.adapters.runtime_loading:
         raise Forbidden("adapters.runtime_loading is off in this server's configuration")
 
@@ -72,6 +77,7 @@ def _body[Body: pydantic.BaseModel](
 
 
 Name = Annotated[str, Path(max_length=256)]
+NewName = Annotated[str, Path(pattern=rf"^{NAME}$")]
 
 probes = APIRouter(tags=["server"], responses=schema.errors())
 generation = APIRouter(
@@ -84,9 +90,14 @@ models = APIRouter(
 )
 adapters = APIRouter(
     tags=["adapters"],
-    dependencies=[Depends(_admin)],
+    dependencies=[Depends(_loader)],
     responses=schema.errors(*schema.BODY_ERRORS),
     default_response_class=PlainTextResponse,
+)
+aliases = APIRouter(
+    tags=["aliases"],
+    dependencies=[Depends(_admin)],
+    responses=schema.errors(*schema.BODY_ERRORS),
 )
 documentation = APIRouter(dependencies=[Depends(_caller)], include_in_schema=False)
 
@@ -153,7 +164,7 @@ async def tokenize(
     """Token ids of a prompt, or of messages through the chat template."""
     length = service.engine().max_model_len
     if body.model is not None:
-        service.adapter(body.model, key)
+        service.names.resolve(body.model, key)
     if body.prompt is not None:
         ids = await service.encode(body.prompt, length, body.add_special_tokens)
     else:
@@ -172,7 +183,7 @@ async def detokenize(
     """The text of token ids."""
     service.engine()
     if body.model is not None:
-        service.adapter(body.model, key)
+        service.names.resolve(body.model, key)
     return _json({"prompt": await service.decode(body.tokens)})
 
 
@@ -181,39 +192,52 @@ async def detokenize(
 
 @models.get("/v1/models")
 async def list_models(service: Server, key: Caller) -> Response:
-    """The base model and the adapters this key may use."""
+    """The base model and the adapters and aliases this key may use."""
     length = service.engine().max_model_len
-    usable = [i.name for i in service.adapters(key) if i.state not in ("draining", "failed")]
-    cards = [_card(service, name, length) for name in (service.base, *usable)]
+    cards = [_card(service, name, length) for name in service.names.visible(key)]
     return _json({"object": "list", "data": cards})
 
 
 @models.get("/v1/models/{name}")
 async def show_model(service: Server, key: Caller, name: Name) -> Response:
-    """The base model or an adapter."""
+    """The base model, an adapter or an alias."""
     length = service.engine().max_model_len
-    service.adapter(name, key)
+    service.names.resolve(name, key)
     return _json(_card(service, name, length))
 
 
 @models.get("/v1/adapters")
 async def list_adapters(service: Server, key: Caller) -> Response:
-    """Adapters, with the reports of how they were bound and where they are."""
+    """Adapters, with the reports of how they were bound and where they are now."""
     service.engine()
-    return _json({"object": "list", "data": _reports(service.adapters(key), key)})
+    infos = await service.client.adapters.describe_all()
+    seen = sorted((i for i in infos if may_use(key, i.name)), key=lambda info: info.name)
+    return _json({"object": "list", "data": _reports(seen, key)})
 
 
 @models.get("/v1/adapters/{name}")
 async def show_adapter(service: Server, key: Caller, name: Name) -> Response:
     """One adapter, as in the list."""
     service.engine()
-    found = [info for info in service.adapters(key) if info.name == name]
-    if not found:
+    if not may_use(key, name):
         raise UnknownModel("there is no adapter of this name", param="name")
-    return _json(_reports(found, key)[0])
+    return _json(_reports([await service.client.adapters.describe(name)], key)[0])
 
 
-# Loading and unloading, for administrators --------------------------------------------------------
+@models.get("/v1/aliases")
+async def list_aliases(service: Server, key: Caller) -> Response:
+    """The aliases this key may use, with what they lead to."""
+    cards = [_alias(name, alias) for name, alias in service.names.aliases(key).items()]
+    return _json({"object": "list", "data": cards})
+
+
+@models.get("/v1/aliases/{name}")
+async def show_alias(service: Server, key: Caller, name: Name) -> Response:
+    """One alias, as in the list."""
+    return _json(_alias(name, service.names.alias(name, key)))
+
+
+# Changing it, for administrators ------------------------------------------------------------------
 
 
 @adapters.post("/v1/load_lora_adapter", openapi_extra=schema.reads(LoadBody))
@@ -222,10 +246,8 @@ async def load(
 ) -> PlainTextResponse:
     """Load an adapter from a folder below `adapters.roots`."""
     name = body.lora_name
-    taken = name in service.client.adapters and not body.load_inplace
-    if taken or name == service.base:
-        raise InvalidRequest(f"the name {name!r} is taken", param="lora_name")
-    await service.client.load_adapter(name, body.lora_path, body.load_inplace)
+    service.names.check_load(name)
+    await service.client.adapters.load(name, body.lora_path, body.load_inplace)
     log.info("adapter %s was loaded by %s", name, key.tenant)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -234,13 +256,44 @@ async def load(
 async def unload(
     service: Server, key: Caller, body: Annotated[UnloadBody, Depends(_body(UnloadBody))]
 ) -> PlainTextResponse:
-    """Let an adapter's requests finish, then forget it."""
-    name = body.lora_name
-    if name not in service.client.adapters:
-        raise UnknownModel(f"the adapter {name!r} is not loaded", param="lora_name")
-    await service.client.unload_adapter(name)
+    """Refuse an adapter from now on, let its requests finish, and answer once it is freed."""
+    name, patience = body.lora_name, body.drain_seconds
+    service.names.check_unload(name)
+    if patience is None:
+        patience = service.config.adapters.drain_seconds
+    await service.client.adapters.unload(name, patience)
     log.info("adapter %s was unloaded by %s", name, key.tenant)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+@aliases.put("/v1/aliases/{name}", openapi_extra=schema.reads(AliasBody))
+async def put_alias(
+    service: Server,
+    key: Caller,
+    name: NewName,
+    body: Annotated[AliasBody, Depends(_body(AliasBody))],
+) -> Response:
+    """Let a name lead to adapters, or the base, in proportion to weights."""
+    service.engine()  # while the body came, it may have gone, and the targets with it
+    alias = service.names.put_alias(name, body.targets)
+    log.info("alias %s was set to %s by %s", name, dict(alias.targets), key.tenant)
+    return _json(_alias(name, alias))
+
+
+@aliases.post("/v1/aliases/{name}/rollback")
+async def roll_back_alias(service: Server, key: Caller, name: NewName) -> Response:
+    """Let an alias lead to where it led before its last change."""
+    alias = service.names.roll_back_alias(name)
+    log.info("alias %s was rolled back to %s by %s", name, dict(alias.targets), key.tenant)
+    return _json(_alias(name, alias))
+
+
+@aliases.delete("/v1/aliases/{name}")
+async def delete_alias(service: Server, key: Caller, name: NewName) -> Response:
+    """Delete an alias; what it leads to stays."""
+    service.names.remove_alias(name)
+    log.info("alias %s was deleted by %s", name, key.tenant)
+    return _json({"name": name, "object": "alias", "deleted": True})
 
 
 # Documentation ------------------------------------------------------------------------------------
@@ -263,20 +316,30 @@ def _json(value: Any) -> Response:
 
 
 def _card(service: Service, name: str, length: int) -> dict[str, Any]:
+    base = service.names.base
     return {
         "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "jslora",
         "root": name,
-        "parent": None if name == service.base else service.base,
+        "parent": None if name == base else base,
         "max_model_len": length,
     }
 
 
+def _alias(name: str, alias: Alias) -> dict[str, Any]:
+    return {
+        "name": name,
+        "object": "alias",
+        "targets": dict(alias.targets),
+        "previous": None if alias.previous is None else dict(alias.previous),
+    }
+
+
 def _reports(adapters: Sequence[AdapterInfo], key: Key) -> list[dict[str, Any]]:
-    """Bind reports; where an adapter's files lie is for administrators."""
-    reports = [dataclasses.asdict(info) for info in adapters]
+    """Reports as they are sent; where an adapter's files lie is for administrators."""
+    reports: list[dict[str, Any]] = msgspec.to_builtins(adapters)
     if not key.admin:
         for report in reports:
             del report["path"]

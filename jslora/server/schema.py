@@ -16,6 +16,7 @@ _BODIES = (
     protocol.ChatBody,
     protocol.LoadBody,
     protocol.UnloadBody,
+    protocol.AliasBody,
     protocol.TokenizeBody,
     protocol.DetokenizeBody,
 )

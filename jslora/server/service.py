@@ -1,7 +1,6 @@
-"""What the routes share: configuration, engine, tokenizer, keys, metrics; and the names it serves.
+"""What the routes share: configuration, engine, names, tokenizer, keys, metrics.
 
-A name is the base's, an adapter's that the caller may see, or unknown: nothing falls back to the
-base, and an adapter of somebody else looks like one that does not exist.
+Tokenizing runs on threads of its own, so that long text holds up nobody else.
 """
 
 import asyncio
@@ -9,13 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from jslora.config import EngineConfig, Key
-from jslora.errors import InvalidRequest, JsloraError, Unavailable, UnknownModel
-from jslora.logs import printable
-from jslora.request import AdapterInfo, EngineInfo
-from jslora.server.auth import KeyRing, may_use
+from jslora.config import EngineConfig
+from jslora.errors import InvalidRequest, JsloraError, Unavailable
+from jslora.request import EngineInfo
+from jslora.server.auth import KeyRing
 from jslora.server.client import EngineClient
 from jslora.server.metrics import Metrics
+from jslora.server.names import Names
 from jslora.tokenizer import Tokenizer
 
 CHARS_PER_TOKEN = 16
@@ -32,6 +31,7 @@ class Service:
 
     config: EngineConfig
     client: EngineClient
+    names: Names
     tokenizer: Tokenizer
     keys: KeyRing
     metrics: Metrics
@@ -40,11 +40,6 @@ class Service:
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer")
     )
-
-    @property
-    def base(self) -> str:
-        """The base model's name."""
-        return self.config.model.served_name
 
     def engine(self) -> EngineInfo:
         """What the engine said of itself.
@@ -57,26 +52,8 @@ class Service:
             raise Draining("the server is shutting down")
         return self.client.engine()
 
-    def adapters(self, key: Key) -> list[AdapterInfo]:
-        """The adapters this key may see, by name."""
-        found = (info for name, info in self.client.adapters.items() if may_use(key, name))
-        return sorted(found, key=lambda info: info.name)
-
-    def adapter(self, model: str, key: Key) -> str | None:
-        """The adapter that `model` names; None for the base.
-
-        Raises:
-            UnknownModel: neither is visible to the caller under this name.
-        """
-        if model == self.base:
-            return None
-        info = self.client.adapters.get(model)
-        if info is None or info.state == "draining" or not may_use(key, model):
-            raise UnknownModel(f"the model {printable(model)!r} does not exist", param="model")
-        return model
-
     async def encode(self, text: str, max_tokens: int, special: bool = True) -> list[int]:
-        """Tokenize on a thread, so that long text holds up nobody else.
+        """Tokenize.
 
         Raises:
             InvalidRequest: the text is too long to be `max_tokens` tokens.
@@ -85,7 +62,7 @@ class Service:
         return await self._call(self.tokenizer.encode, text, special)
 
     async def decode(self, ids: list[int]) -> str:
-        """The text of token ids, as `encode` on a thread."""
+        """The text of token ids."""
         return await self._call(self.tokenizer.decode, ids)
 
     async def render(

@@ -39,30 +39,23 @@ class Writer(ABC):
         )
 
     @abstractmethod
-    def part(self, choice: Choice, part: Part, generated: int) -> bytes:
-        """The frames of one part; `generated` counts all choices' tokens, for continuous usage."""
+    def part(self, choice: Choice, part: Part, usage: openai.Usage | None) -> bytes:
+        """The frames of one part; `usage` so far if it was asked for in every frame."""
 
     @abstractmethod
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: openai.Usage) -> bytes:
         """The whole answer, of choices that are finished."""
 
-    def usage(self, generated: int) -> bytes:
+    def usage(self, usage: openai.Usage) -> bytes:
         """The frame that ends a stream with usage."""
-        usage = openai.usage(self.job.prompt_tokens, generated)
         return openai.frame(msgspec.structs.replace(self._chunk, usage=usage))
 
-    def _frame(self, choice: openai.AnyChoice, generated: int) -> bytes:
-        usage = None
-        if self.job.continuous_usage:
-            usage = openai.usage(self.job.prompt_tokens, generated)
+    def _frame(self, choice: openai.AnyChoice, usage: openai.Usage | None) -> bytes:
         return openai.frame(msgspec.structs.replace(self._chunk, choices=[choice], usage=usage))
 
-    def _whole(self, choices: Sequence[openai.AnyChoice], generated: int) -> openai.Answer:
+    def _whole(self, choices: Sequence[openai.AnyChoice], usage: openai.Usage) -> openai.Answer:
         return msgspec.structs.replace(
-            self._chunk,
-            object=self.whole_object,
-            choices=choices,
-            usage=openai.usage(self.job.prompt_tokens, generated),
+            self._chunk, object=self.whole_object, choices=choices, usage=usage
         )
 
     def _ids(self, part: Part) -> list[int] | None:
@@ -74,12 +67,12 @@ class CompletionWriter(Writer):
 
     whole_object = chunk_object = "text_completion"
 
-    def part(self, choice: Choice, part: Part, generated: int) -> bytes:
-        return self._frame(self._choice(choice, part), generated)
+    def part(self, choice: Choice, part: Part, usage: openai.Usage | None) -> bytes:
+        return self._frame(self._choice(choice, part), usage)
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: openai.Usage) -> bytes:
         worded = [self._choice(choice, _last(choice)) for choice in choices]
-        return openai.encode(self._whole(worded, _generated(choices)))
+        return openai.encode(self._whole(worded, usage))
 
     def _choice(self, choice: Choice, part: Part) -> openai.CompletionChoice:
         logprobs = None
@@ -105,7 +98,7 @@ class ChatWriter(Writer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def part(self, choice: Choice, part: Part, generated: int) -> bytes:
+    def part(self, choice: Choice, part: Part, usage: openai.Usage | None) -> bytes:
         frames = self._opening(choice) if choice.parts == 1 else b""
         if part.text or part.tokens:
             delta = openai.ChatChunkChoice(
@@ -115,7 +108,7 @@ class ChatWriter(Writer):
                 finish_reason=None,
                 token_ids=self._ids(part),
             )
-            frames += self._frame(delta, generated)
+            frames += self._frame(delta, usage)
         if choice.finish_reason is not None:
             end = openai.ChatChunkChoice(
                 index=choice.index,
@@ -124,10 +117,10 @@ class ChatWriter(Writer):
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
-            frames += self._frame(end, generated)
+            frames += self._frame(end, usage)
         return frames
 
-    def whole(self, choices: Sequence[Choice]) -> bytes:
+    def whole(self, choices: Sequence[Choice], usage: openai.Usage) -> bytes:
         worded = []
         for choice in choices:
             part = _last(choice)
@@ -141,7 +134,7 @@ class ChatWriter(Writer):
                     token_ids=self._ids(part),
                 )
             )
-        answer = self._whole(worded, _generated(choices))
+        answer = self._whole(worded, usage)
         if self.job.return_token_ids:
             answer = msgspec.structs.replace(answer, prompt_token_ids=choices[0].request.prompt)
         return openai.encode(answer)
@@ -174,7 +167,3 @@ def _last(choice: Choice) -> Part:
     part = choice.take()
     assert part is not None and choice.finish_reason is not None, f"{choice.request.id} is not done"
     return part
-
-
-def _generated(choices: Sequence[Choice]) -> int:
-    return sum(choice.completion_tokens for choice in choices)

@@ -1,8 +1,6 @@
 """Names, versions and tiers: what is registered, what is shared, what stays out, and when."""
 
-import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -10,50 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_folders import CONFIG, MODEL, draw, name, tensors, write
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from stores import BLOB, F32, PAGE, Stores, blob_of, make_folder, poll, states, version_of
 
 from jslora.adapters.layout import pack
 from jslora.adapters.peft import Limits, read_adapter
 from jslora.adapters.store import MAX_FAILURES, AdapterStore
-from jslora.errors import AdapterRejected, UnknownModel
-
-PAGE = 512
-F32 = np.dtype(np.float32)
-BLOB = 3 * PAGE * 4  # bytes of an adapter of `CONFIG`: three layers of one page
-
-
-class Stores:
-    """Makes stores over `root`, and closes them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.made: list[AdapterStore] = []
-
-    def __call__(self, *roots: Path, **changes: Any) -> AdapterStore:
-        settings = {
-            "limits": Limits(),
-            "host_cache_bytes": 64 * BLOB,
-            "base_name": "base",
-            **changes,
-        }
-        store = AdapterStore(roots or (self.root,), MODEL, PAGE, F32, **settings)
-        self.made.append(store)
-        return store
-
-
-@pytest.fixture
-def stores(tmp_path: Path) -> Iterator[Stores]:
-    made = Stores(tmp_path / "root")
-    made.root.mkdir()
-    yield made
-    for store in made.made:
-        store.close()
-
-
-def _adapter(root: Path, label: str, seed: int = 0, **config: Any) -> Path:
-    return write(root / label, {**CONFIG, **config}, tensors(seed=seed))
-
+from jslora.errors import AdapterRejected, Unavailable, UnknownModel
 
 # Finding and loading -----------------------------------------------------------------------------
 
@@ -61,16 +21,16 @@ def _adapter(root: Path, label: str, seed: int = 0, **config: Any) -> Path:
 def test_discovery_is_sorted_and_skips_what_cannot_be_served(
     stores: Stores, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    outside = _adapter(tmp_path, "outside")
+    outside = make_folder(tmp_path, "outside")
     for label in ("zeta", "alpha", "base", "bad name", ".hidden", "-dash"):
-        _adapter(stores.root, label)
+        make_folder(stores.root, label)
     (stores.root / "escape").symlink_to(outside)
     (stores.root / "inside").symlink_to(stores.root / "zeta")
     (stores.root / "empty").mkdir()
     (stores.root / "file").write_text("")
     second = tmp_path / "second"
-    _adapter(second, "alpha", seed=1)
-    _adapter(second, "beta")
+    make_folder(second, "alpha", seed=1)
+    make_folder(second, "beta")
 
     found = stores(stores.root, second, tmp_path / "absent").discover()
     assert list(found.items()) == [
@@ -85,29 +45,35 @@ def test_discovery_is_sorted_and_skips_what_cannot_be_served(
 
 
 def test_a_loaded_adapter_is_packed_and_described(stores: Stores) -> None:
-    folder = _adapter(stores.root, "sql", base_model_name_or_path="org/Base")
+    folder = make_folder(stores.root, "sql", base_model_name_or_path="org/Base")
     store = stores()
-    version = store.load("sql").result()
+    registration = store.load("sql").result()
     adapter = read_adapter(folder, MODEL, Limits())
     expected = pack(adapter, MODEL, PAGE, F32)
-    packed = store.packed(version)
-    assert packed is not None
-    np.testing.assert_array_equal(packed.blob, expected.blob)
+    version = store.resolve(registration)
+    assert version is not None and store.get("sql") is registration
+    blob = store.blob(version)
+    assert blob is not None and not blob.flags.writeable
+    np.testing.assert_array_equal(blob, expected.blob)
     for field in ("a_offset", "b_offset", "rank", "scale"):
         np.testing.assert_array_equal(getattr(version, field), getattr(expected, field))
-    assert version.digest == adapter.digest and store.get("sql") is version
-    (info,) = store.info()
+    assert (version.digest, version.n_pages) == (adapter.digest, 1)
+    (info,) = store.infos()
     assert (info.name, info.state, info.rank, info.layers) == ("sql", "host", 2, 3)
     assert info.modules == {"q_proj": (2, 2, 2.0), "down_proj": (2, 2, 2.0)}
     assert (info.pages, info.bytes, info.path) == (1, adapter.bytes, "sql")
+    assert (info.digest, info.bytes_host, info.in_flight) == (adapter.digest, BLOB, 0)
+    assert info.bytes_disk > BLOB and info.seconds.keys() == {"read", "pack", "store"}
     assert info.padding == pytest.approx(1 - adapter.bytes / BLOB)
     assert info.warnings == () and info.base_model == "org/Base"
 
 
 def test_another_base_is_a_warning(stores: Stores) -> None:
-    _adapter(stores.root, "sql", base_model_name_or_path="org/other", rank_pattern={"nothing": 1})
-    version = stores().load("sql").result()
-    assert version.warnings == (
+    make_folder(
+        stores.root, "sql", base_model_name_or_path="org/other", rank_pattern={"nothing": 1}
+    )
+    info = stores().load("sql").result().info
+    assert info.warnings == (
         "rank_pattern: no targeted module matches nothing",
         "it was trained for org/other; the base here is base",
     )
@@ -115,15 +81,18 @@ def test_another_base_is_a_warning(stores: Stores) -> None:
 
 def test_paths_resolve_below_the_roots_in_order(stores: Stores, tmp_path: Path) -> None:
     second = tmp_path / "second"
-    a = _adapter(stores.root / "deep" / "er", "x", seed=1)
-    b = _adapter(second / "deep" / "er", "x", seed=2)
-    c = _adapter(second, "only", seed=3)
+    a = make_folder(stores.root / "deep" / "er", "x", seed=1)
+    b = make_folder(second / "deep" / "er", "x", seed=2)
+    c = make_folder(second, "only", seed=3)
     store = stores(stores.root, second)
     paths = {"a": "deep/er/x", "b": str(b), "c": "only", "d": "deep/./er//x"}
-    digests = {label: store.load(label, path).result().digest for label, path in paths.items()}
+    digests = {
+        label: version_of(store, store.load(label, path).result()).digest
+        for label, path in paths.items()
+    }
     expected = [read_adapter(folder, MODEL, Limits()).digest for folder in (a, b, c, a)]
     assert list(digests.values()) == expected
-    assert [info.path for info in store.info()] == ["deep/er/x", "deep/er/x", "only", "deep/er/x"]
+    assert [info.path for info in store.infos()] == ["deep/er/x", "deep/er/x", "only", "deep/er/x"]
 
 
 FORBIDDEN = [
@@ -147,13 +116,18 @@ FORBIDDEN = [
 ]  # fmt: skip
 
 
+def _load(store: AdapterStore, label: str, path: str) -> None:
+    store.load(label, path).result()
+
+
+@pytest.mark.parametrize("method", [_load, AdapterStore.register])
 @pytest.mark.parametrize("path", FORBIDDEN, ids=ascii)
 def test_absent_and_forbidden_paths_have_one_answer(
-    stores: Stores, tmp_path: Path, path: str
+    stores: Stores, tmp_path: Path, path: str, method: Any
 ) -> None:
-    outside = _adapter(tmp_path, "outside")
+    outside = make_folder(tmp_path, "outside")
     write(outside / "sub")
-    good = _adapter(stores.root, "good")
+    good = make_folder(stores.root, "good")
     (good / "link").symlink_to(outside)
     (stores.root / "escape").symlink_to(outside)
     (stores.root / "up").symlink_to("..")
@@ -162,14 +136,14 @@ def test_absent_and_forbidden_paths_have_one_answer(
     with pytest.raises(
         AdapterRejected, match=r"is no adapter folder below the adapter roots$"
     ) as e:
-        store.load("x", text).result()
+        method(store, "x", text)
     assert e.value.param == "path" and e.value.message.isprintable()
     assert store.get("x") is None and store.names() == []
 
 
 def test_a_link_that_moves_while_it_is_read_never_leads_out(stores: Stores, tmp_path: Path) -> None:
-    inside = _adapter(stores.root, "inside", seed=1)
-    outside = _adapter(tmp_path, "outside", seed=2)
+    inside = make_folder(stores.root, "inside", seed=1)
+    outside = make_folder(tmp_path, "outside", seed=2)
     link, new = stores.root / "moving", stores.root / "new"
     link.symlink_to(inside)
     stop = threading.Event()
@@ -189,7 +163,7 @@ def test_a_link_that_moves_while_it_is_read_never_leads_out(stores: Stores, tmp_
             future = store.load("moving", replace=True)
             error = future.exception()
             assert error is None or isinstance(error, AdapterRejected)
-            found.add("refused" if error else future.result().digest)
+            found.add("refused" if error else version_of(store, future.result()).digest)
     finally:
         stop.set()
         mover.join()
@@ -200,14 +174,14 @@ def test_a_link_that_moves_while_it_is_read_never_leads_out(stores: Stores, tmp_
     "label", ["", "a b", "../x", "a/b", ".x", "-x", "x" * 129, "x\0", "x\n", "ä", "a:b"]
 )
 def test_names_are_checked(stores: Stores, label: str) -> None:
-    _adapter(stores.root, "good")
+    make_folder(stores.root, "good")
     with pytest.raises(AdapterRejected, match="is not an adapter name"):
         stores().load(label, "good").result()
 
 
 def test_a_name_is_loaded_once_unless_it_is_replaced(stores: Stores) -> None:
-    _adapter(stores.root, "a", seed=1)
-    _adapter(stores.root, "b", seed=2)
+    make_folder(stores.root, "a", seed=1)
+    make_folder(stores.root, "b", seed=2)
     store = stores()
     old = store.load("x", "a").result()
     with pytest.raises(AdapterRejected, match="adapter 'x' is registered already"):
@@ -216,17 +190,18 @@ def test_a_name_is_loaded_once_unless_it_is_replaced(stores: Stores) -> None:
         store.load("base", "b", replace=True).result()
     assert store.get("x") is old
     new = store.load("x", "b", replace=True).result()
-    assert store.get("x") is new and new != old
-    assert store.load("y", "a", replace=True).result() == old
+    assert store.get("x") is new and new.version != old.version and not old.named
+    assert store.load("y", "a", replace=True).result().version == old.version
 
 
 def test_a_failed_load_leaves_only_word_of_it(stores: Stores) -> None:
-    folder = _adapter(stores.root, "x", use_dora=True)
+    folder = make_folder(stores.root, "x", use_dora=True)
     store = stores()
     with pytest.raises(AdapterRejected, match="use_dora"):
         store.load("x").result()
     assert store.get("x") is None and store.names() == []
-    (info,) = store.info()
+    (info,) = store.infos()
+    assert info == store.info("x") and store.stats.failures == 1
     assert (info.state, info.error) == (
         "failed",
         "use_dora is set: DoRA adapters are not supported",
@@ -235,23 +210,27 @@ def test_a_failed_load_leaves_only_word_of_it(stores: Stores) -> None:
         store.unload("x")
     write(folder)
     store.load("x").result()
-    assert [info.state for info in store.info()] == ["host"]
+    assert states(store) == [("x", "host")]
 
 
 def test_a_failed_replacement_keeps_the_old_version(stores: Stores) -> None:
-    folder = _adapter(stores.root, "x")
+    folder = make_folder(stores.root, "x")
     store = stores()
     old = store.load("x").result()
     write(folder, {**CONFIG, "r": 3})
     with pytest.raises(AdapterRejected, match="rank 3"):
         store.load("x", replace=True).result()
-    assert store.get("x") is old and [info.state for info in store.info()] == ["host"]
+    assert store.get("x") is old and states(store) == [("x", "host")]
+    assert "rank 3" in (store.info("x").error or "")
+    write(folder)
+    store.load("x", replace=True).result()
+    assert store.info("x").error is None
 
 
 def test_remembered_failures_are_bounded(stores: Stores) -> None:
     store = stores()
     wait([store.load(f"x{i}") for i in range(MAX_FAILURES + 9)])
-    assert len(store.info()) == MAX_FAILURES
+    assert len(store.infos()) == MAX_FAILURES
 
 
 def test_adapters_that_can_never_fit_are_refused(stores: Stores) -> None:
@@ -267,103 +246,167 @@ def test_adapters_that_can_never_fit_are_refused(stores: Stores) -> None:
         stores(host_cache_bytes=needed - 1).load("x").result()
 
 
-def test_unloading(stores: Stores) -> None:
-    _adapter(stores.root, "x")
+# Holding -----------------------------------------------------------------------------------------
+
+
+def test_unloading_what_nobody_uses_frees_it(stores: Stores) -> None:
+    make_folder(stores.root, "x")
     store = stores()
-    version = store.load("x").result()
-    assert store.unload("x") is version
-    assert store.get("x") is None and store.names() == [] and store.info() == []
-    with pytest.raises(UnknownModel, match="no adapter 'x' is registered"):
-        store.unload("x")
-    assert store.packed(version) is not None  # who holds it may still use it
-    assert store.load("x").result() == version
+    registration = store.load("x").result()
+    version = version_of(store, registration)
+    assert store.unload("x") is registration and not registration.named
+    assert store.get("x") is None and store.names() == [] and store.infos() == []
+    assert store.stats.host_bytes == 0 and not store.holds(version.digest)
+    assert store.take_dead() == [version.digest] and store.take_dead() == []
+    for method in (store.unload, store.bind, store.info):
+        with pytest.raises(UnknownModel, match="no adapter 'x' is registered"):
+            method("x")
+    assert store.load("x").result().version == version
+
+
+def test_a_sequence_keeps_what_it_was_bound_to(stores: Stores) -> None:
+    folder = make_folder(stores.root, "x", seed=1)
+    store = stores()
+    store.load("x").result()
+    old = store.bind("x")
+    blob = blob_of(store, old)
+    write(folder, weights=tensors(seed=2))
+    new = store.load("x", replace=True).result()
+    assert store.bind("x") is new and not np.array_equal(blob_of(store, new), blob)
+    store.unload("x")
+    reports = [(info.state, info.in_flight, info.digest) for info in store.infos()]
+    assert reports == [
+        ("draining", 1, version_of(store, old).digest),
+        ("draining", 1, version_of(store, new).digest),
+    ]
+    np.testing.assert_array_equal(blob_of(store, old), blob)
+    store.release(old)
+    assert store.take_dead() == [version_of(store, old).digest]
+    store.release(new)
+    assert store.infos() == [] and store.stats.host_bytes == 0
+    with pytest.raises(AssertionError, match="adapter 'x' is not in use"):
+        store.release(new)
+
+
+def test_an_old_version_outlives_its_folder(stores: Stores) -> None:
+    """Its blob left memory, and its folder has other contents: the cache has it still."""
+    folder = make_folder(stores.root, "x", seed=1)
+    make_folder(stores.root, "y", seed=3)
+    store = stores(host_cache_bytes=BLOB)
+    store.load("x").result()
+    old = store.bind("x")
+    blob = blob_of(store, old)
+    write(folder, weights=tensors(seed=2))
+    store.load("x", replace=True).result()
+    store.load("y").result()
+    assert [info.bytes_host for info in store.infos()] == [0, 0, BLOB]
+    np.testing.assert_array_equal(blob_of(store, old), blob)
+
+
+def test_the_dead_are_asked_again_when_they_are_told(stores: Stores) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
+    version = store.load("x").result().version
+    store.unload("x")
+    store.load("x").result()
+    assert version is not None and store.holds(version.digest) and store.take_dead() == []
 
 
 # The host tier -----------------------------------------------------------------------------------
 
 
-def test_names_with_equal_contents_share_a_blob(stores: Stores) -> None:
+def test_names_with_equal_contents_share_a_version_and_a_blob(stores: Stores) -> None:
     for label, seed in (("a", 1), ("b", 1), ("c", 2)):
-        _adapter(stores.root, label, seed=seed)
+        make_folder(stores.root, label, seed=seed)
     store = stores(host_cache_bytes=2 * BLOB)
-    a, b, c = (store.load(label).result() for label in "abc")
-    assert a == b != c and hash(a) == hash(b) and (a.name, b.name) == ("a", "b")
-    assert store.packed(a) is store.packed(b)
-    assert store.packed(c) is not None  # three names, two blobs: all are there
+    a, b, c = (version_of(store, store.load(label).result()) for label in "abc")
+    assert a is b and a != c and hash(a) == hash(b)
+    assert store.stats.host_count == 2 and store.stats.host_bytes == 2 * BLOB
+    store.unload("a")
+    assert store.blob(b) is not None and store.take_dead() == []
+    store.unload("b")
+    assert store.stats.host_count == 1 and store.take_dead() == [a.digest]
 
 
 def test_the_least_recently_used_blob_leaves_and_comes_back(stores: Stores) -> None:
     for seed in range(4):
-        _adapter(stores.root, f"x{seed}", seed=seed)
+        make_folder(stores.root, f"x{seed}", seed=seed)
     store = stores(host_cache_bytes=3 * BLOB)
-    versions = [store.load(f"x{seed}").result() for seed in range(3)]
-    assert store.packed(versions[0]) is not None  # used again, so x1 is the oldest
+    names = [store.load(f"x{seed}").result() for seed in range(3)]
+    blobs = [blob_of(store, registration) for registration in names]
+    store.prefetch(names[0])  # used again, so x1 is the oldest
     store.load("x3").result()
-    assert [info.state for info in store.info()] == ["host", "registered", "host", "host"]
-    first = store.fetch(versions[1])
-    np.testing.assert_array_equal(first.result().rank, versions[1].rank)
-    assert first.result().digest == versions[1].digest
-    assert [info.state for info in store.info()] == ["host", "host", "registered", "host"]
-    assert store.packed(versions[1]) is first.result()
+    assert [state for _, state in states(store)] == ["host", "registered", "host", "host"]
+    np.testing.assert_array_equal(blob_of(store, names[1]), blobs[1])
+    assert [state for _, state in states(store)] == ["host", "host", "registered", "host"]
+    assert store.info("x1").seconds.keys() == {"map"} and store.stats.seconds["map"] > 0
 
 
-def test_polling_brings_a_blob_back(stores: Stores) -> None:
-    for seed in range(2):
-        _adapter(stores.root, f"x{seed}", seed=seed)
-    store = stores(host_cache_bytes=BLOB)
-    old, _ = (store.load(f"x{seed}").result() for seed in range(2))
-    assert store.packed(old) is None
-    waiting = store.fetch(old)
-    assert store.fetch(old) is waiting or waiting.done()  # one read for all who wait
-    assert store.packed(old) is waiting.result() or store.packed(old) is not None
-
-
-@pytest.mark.parametrize("damage", ["changed", "gone", "broken"])
-def test_a_folder_that_changed_does_not_come_back(stores: Stores, damage: str) -> None:
-    folder = _adapter(stores.root, "x", seed=1)
-    _adapter(stores.root, "y", seed=2)
-    store = stores(host_cache_bytes=BLOB)
-    version = store.load("x").result()
+@pytest.mark.parametrize("change", ["changed", "gone", "broken"])
+def test_without_the_cache_a_folder_must_have_its_contents_still(
+    stores: Stores, change: str
+) -> None:
+    folder = make_folder(stores.root, "x", seed=1)
+    make_folder(stores.root, "y", seed=2)
+    store = stores(host_cache_bytes=BLOB, cache=stores.cache(0))
+    version = version_of(store, store.load("x").result())
     store.load("y").result()
-    message = "adapter 'x' changed on disk"
-    if damage == "changed":
+    weights = folder / "adapter_model.safetensors"
+    message = {
+        "changed": "adapter 'x' changed on disk; load it again",
+        "gone": "the folder holds no adapter_model",
+        "broken": "is cut off",
+    }[change]
+    if change == "changed":
         write(folder, weights=tensors(seed=9))
-    elif damage == "gone":
-        shutil.rmtree(folder)
+    elif change == "gone":
+        weights.unlink()
     else:
-        (folder / "adapter_model.safetensors").write_bytes(b"x")
-        message = "is cut off"
+        weights.write_bytes(b"x")
+    assert store.blob(version) is None
     with pytest.raises(AdapterRejected, match=message):
-        store.fetch(version).result()
-    with pytest.raises(AdapterRejected, match=message):
-        store.packed(version)
+        poll(lambda: store.blob(version))
+    assert states(store) == [("x", "failed"), ("y", "host")] and store.info("x").error
     write(folder, weights=tensors(seed=1))
-    assert store.packed(version) is None  # the error was told once; this starts over
-    assert store.fetch(version).result().digest == version.digest
+    assert store.blob(version) is None  # the error was told once; this starts over
+    assert poll(lambda: store.blob(version)) is not None
+    assert store.info("x").error is None and store.info("x").state == "host"
 
 
-def test_an_unloaded_blob_is_the_first_to_leave(stores: Stores) -> None:
-    for seed in range(3):
-        _adapter(stores.root, f"x{seed}", seed=seed)
-    store = stores(host_cache_bytes=2 * BLOB)
-    store.load("x0").result()
-    newest = store.load("x1").result()
-    store.unload("x1")
-    store.load("x2").result()
-    assert [info.state for info in store.info()] == ["host", "host"]
-    assert store.get("x1") is None and newest.digest not in {i.digest for i in store.info()}
+def test_another_folder_with_the_contents_will_do(stores: Stores) -> None:
+    first = make_folder(stores.root, "a", seed=1)
+    make_folder(stores.root, "b", seed=1)
+    make_folder(stores.root, "c", seed=2)
+    store = stores(host_cache_bytes=BLOB, cache=stores.cache(0))
+    version = version_of(store, store.load("a").result())
+    for label in "bc":
+        store.load(label).result()
+    write(first, weights=tensors(seed=3))
+    assert poll(lambda: store.blob(version)) is not None
+
+
+def test_what_the_device_says_is_reported(stores: Stores) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
+    digest = version_of(store, store.load("x").result()).digest
+    store.note_failure(digest, "no transfer")
+    assert store.info("x").error == "no transfer" and store.stats.failures == 1
+    store.note_seconds(digest, "transfer", 0.5)
+    assert store.info("x").error is None and store.info("x").seconds["transfer"] == 0.5
+    store.note_seconds("0" * 64, "transfer", 0.25)
+    assert store.stats.seconds["transfer"] == 0.75
 
 
 # Threads -----------------------------------------------------------------------------------------
 
 
 class Gate:
-    """Holds every read of an adapter until it is opened."""
+    """Holds every whole read of an adapter until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered = threading.Semaphore(0)
         self.open = threading.Event()
-        monkeypatch.setattr("jslora.adapters.store.read_adapter", self._read)
+        monkeypatch.setattr("jslora.adapters.reader.read_adapter", self._read)
 
     def _read(self, *arguments: Any) -> Any:
         self.entered.release()
@@ -371,20 +414,23 @@ class Gate:
         return read_adapter(*arguments)
 
 
-def test_while_a_name_is_loading_nothing_else_may_change_it(
-    stores: Stores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _adapter(stores.root, "x")
-    store = stores(workers=2)
-    gate = Gate(monkeypatch)
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def test_while_a_name_is_loading_nothing_else_may_change_it(stores: Stores, gate: Gate) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
     first = store.load("x")
     assert gate.entered.acquire(timeout=60)
     for second in (store.load("x"), store.load("x", replace=True)):
         with pytest.raises(AdapterRejected, match="adapter 'x' is being loaded"):
             second.result()
-    with pytest.raises(AdapterRejected, match="adapter 'x' is being loaded"):
-        store.unload("x")
-    assert store.get("x") is None and [info.state for info in store.info()] == ["loading"]
+    for method in (store.unload, store.register):
+        with pytest.raises(AdapterRejected, match="adapter 'x' is being loaded"):
+            method("x")
+    assert store.get("x") is None and states(store) == [("x", "loading")]
     gate.open.set()
     assert first.result() is store.get("x")
     store.unload("x")
@@ -393,37 +439,56 @@ def test_while_a_name_is_loading_nothing_else_may_change_it(
 def test_an_old_version_serves_until_the_new_one_is_whole(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = _adapter(stores.root, "x", seed=1)
+    folder = make_folder(stores.root, "x", seed=1)
     store = stores()
     old = store.load("x").result()
-    blob = store.packed(old)
     write(folder, weights=tensors(seed=2))
     gate = Gate(monkeypatch)
     loading = store.load("x", replace=True)
     assert gate.entered.acquire(timeout=60)
-    assert store.get("x") is old and [info.state for info in store.info()] == ["host"]
+    assert store.bind("x") is old and states(store) == [("x", "host")]
     gate.open.set()
     new = loading.result()
-    assert store.get("x") is new and new != old
-    assert store.packed(old) is blob is not None
+    assert store.get("x") is new and new.version != old.version
+    assert old.version is not None and store.blob(old.version) is not None
 
 
-def test_one_read_serves_all_who_wait(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed in range(2):
-        _adapter(stores.root, f"x{seed}", seed=seed)
-    store = stores(host_cache_bytes=BLOB, workers=3)
-    old, _ = (store.load(f"x{seed}").result() for seed in range(2))
+def test_a_long_read_delays_no_blob_that_is_cached(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, label in enumerate("abc"):
+        make_folder(stores.root, label, seed=seed)
+    store = stores(host_cache_bytes=BLOB)
+    a = store.load("a").result()
+    store.load("b").result()
     gate = Gate(monkeypatch)
-    waiting = [store.fetch(old) for _ in range(5)]
-    assert store.packed(old) is None
-    assert gate.entered.acquire(timeout=60) and not gate.entered.acquire(timeout=0.05)
+    reading = store.load("c")
+    assert gate.entered.acquire(timeout=60)
+    assert blob_of(store, a) is not None
+    store.unload("b")
+    assert store.load("b").result(60).version is not None  # known, and cached
+    assert not reading.done()
     gate.open.set()
-    assert len({id(future.result()) for future in waiting}) == 1
+    reading.result()
+
+
+def test_one_read_serves_all_who_wait(stores: Stores, gate: Gate) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
+    registration = store.register("x")
+    for _ in range(5):
+        assert store.resolve(registration) is None
+        store.prefetch(registration)
+    assert gate.entered.acquire(timeout=60) and not gate.entered.acquire(timeout=0.05)
+    assert states(store) == [("x", "loading")]
+    gate.open.set()
+    assert blob_of(store, registration) is not None
+    assert not gate.entered.acquire(timeout=0.05)
 
 
 def test_one_of_many_concurrent_loads_wins(stores: Stores) -> None:
-    _adapter(stores.root, "x")
-    store = stores(workers=4)
+    make_folder(stores.root, "x")
+    store = stores()
     barrier = threading.Barrier(8)
     outcomes: list[object] = []
 
@@ -445,63 +510,59 @@ def test_one_of_many_concurrent_loads_wins(stores: Stores) -> None:
     assert refusals <= {"adapter 'x' is being loaded", "adapter 'x' is registered already"}
 
 
-@settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    operations=st.lists(
-        st.tuples(
-            st.sampled_from(["load", "replace", "unload", "use"]),
-            st.sampled_from("pqr"),
-            st.integers(0, 3),
-        ),
-        max_size=25,
-    )
-)
-def test_any_sequence_of_operations_keeps_names_and_memory_right(
-    stores: Stores, operations: list[tuple[str, str, int]]
-) -> None:
-    folders = {i: stores.root / f"x{i}" for i in range(4)}
-    for seed, folder in folders.items():
-        if not folder.exists():
-            write(folder, weights=tensors(seed=seed))
-    digests = {i: read_adapter(folder, MODEL, Limits()).digest for i, folder in folders.items()}
-    store = stores(host_cache_bytes=2 * BLOB)
-    expected: dict[str, str] = {}
-    for operation, label, source in operations:
-        if operation in ("load", "replace"):
-            future = store.load(label, f"x{source}", replace=operation == "replace")
-            if operation == "load" and label in expected:
-                assert isinstance(future.exception(), AdapterRejected)
-            else:
-                expected[label] = future.result().digest
-                assert expected[label] == digests[source]
-        elif label not in expected:
-            assert store.get(label) is None
-        elif operation == "unload":
-            assert store.unload(label).digest == expected.pop(label)
-        else:
-            version = store.get(label)
-            assert version is not None and store.fetch(version).result().digest == version.digest
-        assert store.names() == sorted(expected)
-        assert {info.name: info.digest for info in store.info()} == expected
-        in_memory = {info.digest for info in store.info() if info.state == "host"}
-        assert len(in_memory) <= 2
+def test_a_name_may_be_loaded_again_as_soon_as_it_is_loaded(stores: Stores) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
+    for _ in range(300):
+        store.load("x", replace=True).result(60)
+
+
+def test_what_is_released_while_it_is_read_leaves_nothing(stores: Stores, gate: Gate) -> None:
+    make_folder(stores.root, "x")
+    store = stores()
+    registration = store.register("x")
+    store.prefetch(registration)
+    assert gate.entered.acquire(timeout=60)
+    store.unload("x")
+    gate.open.set()
     store.close()
+    assert registration.version is None and store.stats.host_bytes == 0
+    assert store.infos() == [] and store.take_dead() == []
+
+
+def test_closing_tells_who_waits(stores: Stores, gate: Gate) -> None:
+    for label in "abc":
+        make_folder(stores.root, label)
+    store = stores()
+    loads = [store.load(label) for label in "abc"]
+    assert gate.entered.acquire(timeout=60)
+    threading.Timer(0.2, gate.open.set).start()
+    store.close()
+    for load in (*loads, store.load("d")):
+        error = load.exception(0)
+        assert error is None or isinstance(error, Unavailable)
+    assert isinstance(loads[2].exception(), Unavailable) and not gate.entered.acquire(timeout=0.05)
+    with pytest.raises(Unavailable, match="the engine was closed"):
+        store.register("a")
 
 
 def test_other_errors_reach_the_caller_and_show_nothing(
-    stores: Stores, monkeypatch: pytest.MonkeyPatch
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: Any) -> None:
         raise MemoryError("at 0xdeadbeef")
 
-    _adapter(stores.root, "x")
+    make_folder(stores.root, "x")
+    make_folder(stores.root, "y")
     store = stores()
-    monkeypatch.setattr("jslora.adapters.store.read_adapter", broken)
+    registration = store.register("y")
+    monkeypatch.setattr("jslora.adapters.reader.read_adapter", broken)
     with pytest.raises(MemoryError):
         store.load("x").result()
-    assert [info.error for info in store.info()] == ["internal error"]
+    with pytest.raises(AdapterRejected, match=r"^internal error$"):
+        version_of(store, registration)
+    assert [info.error for info in store.infos()] == ["internal error"] * 2
+    assert "0xdeadbeef" in caplog.text  # the log has it
     monkeypatch.undo()
     store.load("x").result()
 
@@ -513,7 +574,7 @@ def test_no_error_names_a_place_outside_the_roots(stores: Stores, tmp_path: Path
     }
     store = stores()
     for label, (file, data) in broken.items():
-        (_adapter(stores.root, label) / file).write_bytes(data)
+        (make_folder(stores.root, label) / file).write_bytes(data)
         error = store.load(label).exception()
         assert isinstance(error, AdapterRejected) and str(tmp_path) not in error.message
     weights = {**tensors(), name(0, "v_proj", "A"): np.ones((2, 32), np.float32)}

@@ -1,6 +1,5 @@
 """The page allocator against a model that only knows who holds what."""
 
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -46,13 +45,21 @@ class Ledger(RuleBasedStateMachine):
     def take(self, n: int) -> None:
         self.given(n, self.pages.take(n))
 
-    @rule(n=st.integers(0, 12))
+    @rule(n=st.integers(1, 12))
     def take_run(self, n: int) -> None:
-        longest = self.longest_run()
-        pages = self.pages.take_run(n)
-        self.given(n, pages)
-        if pages is not None and n <= longest:
-            assert all(after == before + 1 for before, after in pairwise(pages)), pages
+        first = self.pages.free_run(n)
+        assert (first is None) == (n > self.longest_run())
+        if first is not None:
+            pages = self.pages.take_at(first, n)
+            assert pages[0] == first and all(b == a + 1 for a, b in pairwise(pages)), pages
+            self.given(n, pages)
+
+    @rule(data=st.data())
+    def look(self, data: st.DataObject) -> None:
+        page = data.draw(st.integers(1, self.total - 1))
+        holders = sum(page in pages for pages in self.holders)
+        assert self.pages.holders(page) == holders
+        assert self.pages.used()[page] == (holders > 0) and self.pages.used()[0]
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
@@ -70,9 +77,9 @@ class Ledger(RuleBasedStateMachine):
     def churn(self, rounds: int) -> None:
         """Runs leave stale entries behind in whatever orders the free pages."""
         for _ in range(rounds):
-            pages = self.pages.take_run(min(3, self.pages.free))
-            assert pages is not None
-            self.pages.release(pages)
+            first = self.pages.free_run(min(3, self.longest_run()) or 1)
+            if first is not None:
+                self.pages.release(self.pages.take_at(first, min(3, self.longest_run())))
 
     @invariant()
     def ledger_balances(self) -> None:
@@ -92,30 +99,43 @@ TestLedger = Ledger.TestCase
 TestLedger.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
 
 
+def take_run(pages: PageAllocator, n: int) -> list[int]:
+    first = pages.free_run(n)
+    assert first is not None
+    return pages.take_at(first, n)
+
+
 def test_runs_come_from_the_bottom_and_single_pages_from_the_top() -> None:
     pages = PageAllocator(20)
     assert pages.take(3) == [19, 18, 17]
-    assert pages.take_run(4) == [1, 2, 3, 4]
+    assert take_run(pages, 4) == [1, 2, 3, 4]
     assert pages.take(1) == [16]
 
 
 def test_a_run_takes_the_shortest_gap_that_fits() -> None:
     pages = PageAllocator(20)
-    runs = [pages.take_run(n) for n in (3, 1, 2, 1)]
+    runs = [take_run(pages, n) for n in (3, 1, 2, 1)]
     pages.release(runs[0])
     pages.release(runs[2])
-    assert pages.take_run(2) == [5, 6]
-    assert pages.take_run(2) == [1, 2]
+    assert take_run(pages, 2) == [5, 6]
+    assert take_run(pages, 2) == [1, 2]
 
 
-def test_a_split_list_is_given_when_no_run_is_free() -> None:
+def test_there_is_no_run_where_free_pages_lie_apart() -> None:
     pages = PageAllocator(7)
     singles = [pages.take(1) for _ in range(6)]
     for held in singles[::2]:
         pages.release(held)
-    found = pages.take_run(3)
-    assert found is not None
-    assert Counter(found) == Counter(page for held in singles[::2] for page in held)
+    assert pages.free == 3 and pages.free_run(2) is None and pages.free_run(1) == 2
+
+
+def test_pages_in_use_are_not_taken_again() -> None:
+    pages = PageAllocator(8)
+    pages.take_at(2, 2)
+    with pytest.raises(AssertionError, match="1 of 3 pages at 3 are in use"):
+        pages.take_at(3, 3)
+    with pytest.raises(AssertionError):
+        pages.take_at(0, 1)
 
 
 @pytest.mark.parametrize("page", [0, 1])

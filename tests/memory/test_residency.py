@@ -1,5 +1,6 @@
-"""Which adapters are on the device: what may leave, what may not, and that no page is lost."""
+"""Adapters on the device: whole before they are used, and no page lost whatever happens."""
 
+import threading
 from concurrent.futures import Future
 
 import numpy as np
@@ -7,9 +8,8 @@ import pytest
 from fake_adapters import (
     LAYERS,
     NUMBERS,
-    FakeStore,
     FakeUploads,
-    make_packed,
+    make_blob,
     make_version,
     page_mark,
 )  # fmt: skip
@@ -17,9 +17,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jslora.errors import AdapterRejected
+from jslora.adapters.version import Version
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
+from jslora.memory.worth import Clock
 
 TOTAL = 20
 DROP = LAYERS * TOTAL + 3
@@ -28,15 +29,24 @@ CHUNK = 4
 
 def make_residency(total: int = TOTAL, chunk: int = CHUNK) -> Residency:
     beyond = DROP + LAYERS * (total - TOTAL)  # a row past the pool, whatever its size
-    return Residency(PageAllocator(total), FakeStore(), FakeUploads(), LAYERS, total, beyond, chunk)
+    return Residency(PageAllocator(total), Clock(), FakeUploads(), LAYERS, total, beyond, chunk)
+
+
+def bring(residency: Residency, version: Version) -> bool:
+    """Start to bring an adapter if pages are free."""
+    pages = residency.pages.take(version.n_pages)
+    if pages is not None:
+        residency.bring(version, make_blob(version), sorted(pages))
+    return pages is not None
 
 
 def load(residency: Residency, number: int, n_pages: int) -> None:
     """Bring an adapter to the device and let it be ready."""
-    assert residency.ensure(make_version(number, n_pages), ())
+    version = make_version(number, n_pages)
+    assert bring(residency, version)
     residency.upload.finish(1000)
-    residency.writes(1000)
-    assert residency.placement(make_version(number, n_pages)) is not None
+    residency.writes(1000, 0)
+    assert residency.placement(version.digest) is not None
 
 
 def here(residency: Residency) -> list[int]:
@@ -45,60 +55,51 @@ def here(residency: Residency) -> list[int]:
 
 def test_an_adapter_is_ready_after_its_last_chunk_was_written() -> None:
     residency, version = make_residency(), make_version(1, 5)
-    assert residency.ensure(version, ())
-    assert residency.loading and residency.placement(version) is None
-    assert residency.writes(10) == [], "nothing was transferred yet"
+    assert bring(residency, version)
+    assert residency.loading and residency.placement("001") is None
+    assert residency.writes(10, 0) == [], "nothing was transferred yet"
     residency.upload.finish(1)
-    assert len(residency.writes(10)) == 1
-    assert residency.placement(version) is None
+    assert len(residency.writes(10, 0)) == 1
+    assert residency.placement("001") is None
     residency.upload.finish(10)
-    assert len(residency.writes(1)) == 1, "at most as many as asked for"
-    assert residency.placement(version) is None
-    assert len(residency.writes(10)) == 1
-    placement = residency.placement(version)
-    assert placement is not None and placement.pages == (1, 2, 3, 4, 5)
+    assert len(residency.writes(1, 0)) == 1, "at most as many as asked for"
+    assert residency.placement("001") is None and residency.told == []
+    assert len(residency.writes(10, 0)) == 1
+    placement = residency.placement("001")
+    assert placement is not None and placement.pages == (15, 16, 17, 18, 19)
     assert not residency.loading and residency.loads == 1
-    assert residency.ensure(version, ()) and residency.loads == 1, "a second load is none"
+    [(told, seconds)] = residency.told
+    assert told == version and set(seconds) == {"transfer", "write"}
+    with pytest.raises(AssertionError, match="is here"):
+        residency.bring(version, make_blob(version), [1, 2, 3, 4, 5])
+
+
+def test_a_step_waits_for_a_transfer_that_is_about_to_be_done() -> None:
+    residency = make_residency()
+    assert bring(residency, make_version(1, 5))
+    later = threading.Timer(0.05, residency.upload.finish, [1])
+    later.start()
+    assert len(residency.writes(10, 60.0)) == 1
+    later.join()
 
 
 def test_the_chunks_carry_every_page_to_its_row_in_every_layer() -> None:
-    residency = make_residency()
-    residency.pages.take(12)
-    held = [residency.pages.take_run(1) for _ in range(7)]
-    for pages in held[::2]:
-        residency.pages.release(pages)
-    version = make_version(3, 4)
-    assert residency.ensure(version, ())
+    residency, version = make_residency(), make_version(3, 4)
+    residency.pages.take_at(1, 7)
+    residency.bring(version, make_blob(version), [1, 3, 5, 7])
     residency.upload.finish(1000)
     pool = np.zeros((LAYERS * TOTAL, NUMBERS), np.float32)
-    for rows, data in residency.writes(1000):
+    for rows, data in residency.writes(1000, 0):
         assert rows.dtype == np.int32 and rows.shape == (CHUNK,) and data.shape == (CHUNK, NUMBERS)
         inside = rows < len(pool)
         assert (rows[~inside] == DROP).all()
         pool[rows[inside]] = data[inside]
-    placement = residency.placement(version)
-    assert placement is not None and sorted(placement.pages) == [1, 3, 5, 7]
+    placement = residency.placement("003")
+    assert placement is not None and placement.pages == (1, 3, 5, 7)
     for layer in range(LAYERS):
         for n, page in enumerate(placement.pages):
             assert pool[layer * TOTAL + page].tolist() == page_mark(3, layer, n)
     assert np.count_nonzero(pool.any(axis=1)) == LAYERS * 4
-
-
-def test_an_adapter_that_is_still_being_read_takes_no_pages() -> None:
-    residency, version = make_residency(), make_version(1, 5)
-    residency.store.delays[version.digest] = 2
-    for _ in range(2):
-        assert residency.ensure(version, ())
-        assert residency.placement(version) is None and residency.pages.free == TOTAL - 1
-    assert residency.ensure(version, ()) and residency.pages.free == TOTAL - 6
-
-
-def test_an_adapter_that_cannot_be_read_again_leaves_nothing_behind() -> None:
-    residency, version = make_residency(), make_version(1, 5)
-    residency.store.refused.add(version.digest)
-    with pytest.raises(AdapterRejected, match="changed on disk"):
-        residency.ensure(version, ())
-    assert not residency.residents and residency.pages.free == TOTAL - 1
 
 
 def test_pages_are_not_lost_when_an_upload_cannot_be_started() -> None:
@@ -109,57 +110,79 @@ def test_pages_are_not_lost_when_an_upload_cannot_be_started() -> None:
 
     residency.upload = upload
     with pytest.raises(RuntimeError):
-        residency.ensure(make_version(1, 5), ())
+        bring(residency, make_version(1, 5))
     assert not residency.residents
     residency.pages.check([])
+
+
+def test_a_transfer_that_fails_takes_its_adapter_away_and_nothing_else() -> None:
+    residency = make_residency()
+    for number in (1, 2):
+        assert bring(residency, make_version(number, 5))
+    residency.upload.finish(1)
+    residency.upload.open[0][0].set_exception(error := RuntimeError("the link is down"))
+    residency.upload.open.popleft()
+    residency.upload.finish(1000)
+    chunks = residency.writes(1000, 0)
+    assert here(residency) == [2] and residency.placement("002") is not None
+    assert len(chunks) == 1 + 3, "what was written of it is never read"
+    assert residency.told[0] == (make_version(1, 5), error)
+    residency.pages.check([residency.residents["002"].placement.pages])
+    load(residency, 1, 5)
 
 
 def test_a_lost_pool_leaves_nothing() -> None:
     residency = make_residency()
     load(residency, 1, 4)
-    assert residency.ensure(make_version(2, 4), ())  # loading
+    assert bring(residency, make_version(2, 4))  # loading
     residency.forget_all()
-    assert here(residency) == [] and residency.writes(10) == []
+    assert here(residency) == [] and residency.writes(10, 0) == []
     residency.pages.check([])
 
 
-def test_the_least_recently_used_leaves_first_and_no_more_than_needed() -> None:
+def test_what_is_in_use_loading_or_to_be_kept_is_not_idle() -> None:
     residency = make_residency()
     for number in (1, 2, 3):
-        load(residency, number, 6)
-    residency.touch("001")
-    load(residency, 4, 5)
-    assert here(residency) == [1, 3, 4]
-    assert residency.evictions == 1
-    assert residency.make_room(8, ()), "2 are free"
-    assert here(residency) == [1, 4]
-
-
-def test_nobody_leaves_when_it_would_not_be_enough() -> None:
-    residency = make_residency()
-    for number in (1, 2, 3):
-        load(residency, number, 6)
-    residency.acquire("001")
-    assert not residency.make_room(14, ())
-    assert not residency.ensure(make_version(4, 14), ())
-    assert here(residency) == [1, 2, 3] and residency.evictions == 0
-
-
-def test_what_is_in_use_pinned_loading_or_wanted_stays() -> None:
-    residency = make_residency()
-    for number in (1, 2, 3, 4):
         load(residency, number, 3)
     residency.acquire("001")
-    residency.pinned.add("002")
-    assert residency.ensure(make_version(5, 3), ())  # loading
-    assert not residency.make_room(8, {"003"})
-    assert residency.make_room(7, {"003"})
-    assert here(residency) == [1, 2, 3, 5]
+    assert bring(residency, make_version(5, 3))  # loading
+    assert [r.version.digest for r in residency.idle({"003"})] == ["002"]
+    with pytest.raises(AssertionError, match="is in use"):
+        residency.evict(residency.residents["005"])
     residency.release("001")
-    residency.upload.finish(100)
-    residency.writes(100)
-    assert residency.make_room(TOTAL - 1 - 3, ())
-    assert here(residency) == [2]
+    assert sorted(r.version.digest for r in residency.idle(())) == ["001", "002", "003"]
+
+
+def test_those_used_longest_ago_are_worth_least() -> None:
+    residency = make_residency()
+    for number in (1, 2, 3):
+        load(residency, number, 3)
+    for digest, now in (("001", 1.0), ("002", 3.0), ("003", 2.0)):
+        residency.clock.advance(now)
+        residency.acquire(digest)
+        residency.release(digest)
+    assert [r.version.digest for r in residency.idle(())] == ["001", "002", "003"]
+    residency.clock.advance(9.0)
+    residency.acquire("001")
+    residency.release("001")
+    assert [r.version.digest for r in residency.idle(())] == ["002", "003", "001"]
+    before = residency.kind.chance
+    residency.evict(residency.residents["002"])
+    assert here(residency) == [1, 3] and residency.evictions == 1
+    assert residency.kind.chance < before and 9.0 <= residency.clock.now < 9.1
+
+
+def test_an_adapter_is_fresh_until_it_was_used() -> None:
+    residency = make_residency()
+    load(residency, 1, 3)
+    assert residency.residents["001"].fresh
+    before = residency.kind.chance
+    residency.acquire("001")
+    assert not residency.residents["001"].fresh
+    assert residency.kind.chance == before, "its first use is what it came for"
+    residency.release("001")
+    residency.acquire("001")
+    assert residency.kind.chance > before
 
 
 def test_a_retired_adapter_leaves_when_its_last_user_does() -> None:
@@ -185,13 +208,13 @@ def test_an_idle_adapter_leaves_as_soon_as_it_is_retired() -> None:
 
 def test_an_adapter_retired_while_loading_leaves_after_its_last_chunk() -> None:
     residency = make_residency()
-    assert residency.ensure(make_version(1, 4), ())
+    assert bring(residency, make_version(1, 4))
     residency.retire("001")
     assert here(residency) == [1], "its transfers still come"
     residency.upload.finish(100)
-    residency.writes(1)
+    residency.writes(1, 0)
     assert here(residency) == [1]
-    residency.writes(100)
+    residency.writes(100, 0)
     assert here(residency) == [] and residency.pages.free == TOTAL - 1
 
 
@@ -227,23 +250,30 @@ class Traffic(RuleBasedStateMachine):
         self.pool = np.zeros((LAYERS * total, NUMBERS), np.float32)
 
     def ready(self) -> list[str]:
-        return [v.digest for v in self.versions if self.residency.placement(v)]
+        return [v.digest for v in self.versions if self.residency.placement(v.digest)]
 
     @rule(data=st.data())
-    def ensure(self, data: st.DataObject) -> None:
+    def bring(self, data: st.DataObject) -> None:
         version = data.draw(st.sampled_from(self.versions))
-        free, before = self.residency.pages.free, set(self.residency.residents)
-        there = self.residency.ensure(version, data.draw(st.sets(st.sampled_from(self.versions))))
-        if not there:
-            assert (free, before) == (self.residency.pages.free, set(self.residency.residents))
-        else:
-            assert version.digest in self.residency.residents
+        if version.digest not in self.residency.residents:
+            bring(self.residency, version)
+
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        idle = self.residency.idle(())
+        assert all(not self.users[resident.version.digest] for resident in idle)
+        if idle:
+            self.residency.evict(data.draw(st.sampled_from(idle)))
+
+    @precondition(lambda self: self.residency.upload.open)
+    @rule()
+    def fail(self) -> None:
+        self.residency.upload.open.popleft()[0].set_exception(RuntimeError("the link is down"))
 
     @rule(n=st.integers(1, 8))
     def take_for_kv(self, n: int) -> None:
-        if self.residency.make_room(n, ()):
-            pages = self.residency.pages.take(n)
-            assert pages is not None
+        pages = self.residency.pages.take(n)
+        if pages is not None:
             self.kv.append(pages)
             for layer in range(LAYERS):
                 self.pool[[layer * self.total + page for page in pages]] = -1
@@ -259,7 +289,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(limit=st.integers(0, 30))
     def write(self, limit: int) -> None:
-        chunks = self.residency.writes(limit)
+        chunks = self.residency.writes(limit, 0)
         assert len(chunks) <= limit
         for rows, data in chunks:
             inside = rows < len(self.pool)
@@ -292,10 +322,10 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def who_is_used_is_here_whole(self) -> None:
         for version in self.versions:
-            placement = self.residency.placement(version)
+            placement = self.residency.placement(version.digest)
             assert placement or not self.users[version.digest]
             if placement:
-                blob = make_packed(version).blob
+                blob = make_blob(version)
                 for layer in range(LAYERS):
                     rows = [layer * self.total + page for page in placement.pages]
                     np.testing.assert_array_equal(self.pool[rows], blob[layer])

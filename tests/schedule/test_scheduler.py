@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 
 import pytest
-from fake_adapters import LAYERS, FakeStore, FakeUploads, make_version
+from fake_adapters import LAYERS, FakeStore, FakeUploads, make_registration, make_version
 from fake_device import Answer, FakeDevice, continue_request
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from jslora.adapters.version import Version
 from jslora.errors import EngineFailed, InvalidRequest, Overloaded
 from jslora.memory.pages import PageAllocator
+from jslora.memory.prefix import PrefixCache
 from jslora.memory.residency import Residency
+from jslora.memory.room import Room
+from jslora.memory.worth import Clock
 from jslora.request import Request, SamplingParams, TokenEvent
-from jslora.schedule.scheduler import Limits, Plan, Results, Scheduler
+from jslora.schedule.plan import Limits, Plan, Results
+from jslora.schedule.scheduler import Scheduler
 
 VOCAB = 40
 LIMITS = Limits(
@@ -37,14 +41,17 @@ class Engine:
 
     def __init__(
         self, limits: Limits = LIMITS, pages: int = 40, *, transfers: tuple[int, ...] = (9,),
-        lookahead: bool = True, chunk: int = 3, again: int = 0,
+        lookahead: bool = True, chunk: int = 3, again: int = 0, prefix_cache: bool = True,
     ) -> None:  # fmt: skip
         self.limits = limits
-        allocator = PageAllocator(pages)
+        self.pages, clock = PageAllocator(pages), Clock()
+        self.prefix = PrefixCache(self.pages, clock, enabled=prefix_cache)
+        self.store = FakeStore(again)
         self.residency = Residency(
-            allocator, FakeStore(again), FakeUploads(), LAYERS, pages, LAYERS * pages, chunk
+            self.pages, clock, FakeUploads(), LAYERS, pages, LAYERS * pages, chunk
         )
-        self.scheduler = Scheduler(limits, allocator, self.residency)
+        room = Room(self.pages, self.prefix, self.residency)
+        self.scheduler = Scheduler(limits, room, self.store)
         self.device = FakeDevice(limits, pages)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
@@ -52,8 +59,14 @@ class Engine:
         self.inflight: tuple[Plan, Results] | None = None
         self._transfers, self._lookahead = cycle(transfers), lookahead
 
-    def add(self, request: Request, version: Version | None = None) -> None:
-        self.scheduler.add(request, version)
+    def add(self, request: Request, version: Version | None = None, *, read: bool = True) -> None:
+        """Submit a request; `read` says whether its adapter's contents are known already."""
+        registration = make_registration(version, read=read) if version else None
+        if registration and not read:
+            self.store.unread[registration] = version
+        self.scheduler.add(request, registration)
+        if registration:
+            registration.uses += 1
         self.requests[request.id] = request
         self.answers[request.id] = Answer()
 
@@ -61,8 +74,10 @@ class Engine:
         """One step ahead, one step read."""
         if not self._lookahead:
             self.commit()
+        self.store.turn()
+        self.scheduler.fetch()
         self.residency.upload.finish(next(self._transfers))
-        for chunk in self.residency.writes(4):
+        for chunk in self.residency.writes(4, 0):
             self.device.write(chunk)
         plan = self.scheduler.plan()
         for sequence in self.scheduler.waiting:
@@ -131,6 +146,7 @@ class Arrival:
     turn: int
     adapter: int | None
     patience: int | None
+    read: bool
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,7 @@ class Trace:
     again: int
     chunk: int
     lookahead: bool
+    prefix_cache: bool
 
 
 @st.composite
@@ -179,14 +196,17 @@ def traces(draw: Callable) -> Trace:
         page_size=draw(st.sampled_from([1, 4, 8])),
     )
     soon = draw(st.booleans())
+    shared = draw(st.lists(st.integers(0, VOCAB - 1), min_size=18, max_size=18))
     arrivals = []
     for number in range(draw(st.integers(1, 10))):
-        prompt = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30))
-        request = Request(id=str(number), prompt=tuple(prompt), params=draw(params()))
+        own = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12))
+        prompt = (*shared[: draw(st.integers(0, 18))], *own)
+        owner = {"tenant": draw(st.sampled_from("ab")), "cache_salt": draw(st.sampled_from("cd"))}
+        request = Request(id=str(number), prompt=prompt, params=draw(params()), **owner)
         adapter = draw(st.sampled_from([None, *range(len(adapters))]))
         patience = draw(st.one_of(st.none(), st.none(), st.integers(0, 40)))
         turn = draw(st.integers(0, 3 if soon else 30))
-        arrivals.append(Arrival(request, turn, adapter, patience))
+        arrivals.append(Arrival(request, turn, adapter, patience, draw(st.booleans())))
     numbers = st.sampled_from(range(len(adapters))) if adapters else st.nothing()
     some = st.frozensets(numbers)
     needed = [pages_for(limits, adapters, arrival) for arrival in arrivals]
@@ -202,6 +222,7 @@ def traces(draw: Callable) -> Trace:
         again=draw(st.integers(0, 2)),
         chunk=draw(st.integers(1, 9)),
         lookahead=draw(st.booleans()),
+        prefix_cache=draw(st.sampled_from([True, True, False])),
     )
 
 
@@ -217,12 +238,12 @@ def pages_for(limits: Limits, adapters: tuple[int, ...], arrival: Arrival) -> in
 def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> None:
     engine = Engine(
         trace.limits, trace.pages, transfers=trace.transfers, lookahead=trace.lookahead,
-        chunk=trace.chunk, again=trace.again,
+        chunk=trace.chunk, again=trace.again, prefix_cache=trace.prefix_cache,
     )  # fmt: skip
     versions = [make_version(number, n) for number, n in enumerate(trace.adapters)]
     for version, delay in zip(versions, trace.delays, strict=True):
-        engine.residency.store.delays[version.digest] = delay
-    engine.residency.store.refused = {versions[number].digest for number in trace.refused}
+        engine.store.delays[version.digest] = delay
+    engine.store.refused = {versions[number].digest for number in trace.refused}
     engine.residency.pinned = {versions[number].digest for number in trace.pinned}
     leaving: dict[str, int] = {}
     left: set[str] = set()
@@ -238,7 +259,7 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
                     with pytest.raises(InvalidRequest):
                         engine.add(arrival.request, version)
                 else:
-                    engine.add(arrival.request, version)
+                    engine.add(arrival.request, version, read=arrival.read)
                     if arrival.patience is not None:
                         leaving[name] = turns + arrival.patience
             if leaving.get(name) == turns and engine.answers[name].end is None:
@@ -249,6 +270,8 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
         assert turns <= last + 200 + 20 * tokens, "no end in sight"
     event(f"preempted: {engine.scheduler.preemptions > 0}")
     event(f"evicted: {engine.residency.evictions > 0}")
+    event(f"found in the prefix cache: {engine.scheduler.hit_tokens > 0}")
+    event(f"forgotten by the prefix cache: {engine.prefix.evictions > 0}")
     rejected = 0
     for arrival in trace.arrivals:
         name = arrival.request.id
@@ -270,9 +293,12 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
                 assert engine.drawn[name] == len(answer.tokens), "no token is drawn in vain"
     assert rejected <= len(trace.refused)
     assert not engine.scheduler.running and not engine.scheduler.waiting
-    residents = engine.residency.residents.values()
-    engine.scheduler.pages.check([resident.placement.pages for resident in residents])
-    assert not any(resident.users for resident in residents)
+    engine.scheduler.check()
+    assert not any(resident.users for resident in engine.residency.residents.values())
+    for digest in list(engine.residency.residents):
+        engine.residency.retire(digest)
+    engine.prefix.clear()
+    engine.pages.check([])
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -396,7 +422,7 @@ def test_a_long_prompt_delays_no_stream() -> None:
 
 def test_an_older_prompt_delays_no_stream_either() -> None:
     engine = Engine()
-    engine.residency.store.delays["001"] = 1
+    engine.store.delays["001"] = 1
     engine.add(make_request("a", 30, LONG), make_version(1, 1))
     engine.add(make_request("b", 3, LONG))
     steps = [in_step(engine.turn()) for _ in range(6)]
@@ -415,19 +441,18 @@ def test_those_who_came_first_start_first() -> None:
 
 def test_an_adapter_that_is_being_read_holds_nobody_back() -> None:
     engine = Engine()
-    engine.residency.store.delays["001"] = 3
+    engine.store.delays["001"] = 3
     engine.add(make_request("a", 3, LONG), make_version(1, 4))
     engine.add(make_request("b", 3, LONG))
     engine.add(make_request("c", 3, LONG), make_version(2, 4))
     steps = [in_step(engine.turn()) for _ in range(6)]
-    assert steps[0] == {"b": 3}
-    assert steps[1] == {"b": 1, "c": 3}
-    assert "a" in steps[5]
+    assert steps[0] == {"b": 3, "c": 3}
+    assert "a" not in steps[2] and "a" in steps[3]
 
 
 def test_a_failed_read_ends_its_request_alone() -> None:
     engine = Engine()
-    engine.residency.store.refused.add("001")
+    engine.store.refused.add("001")
     engine.add(make_request("a", 3), make_version(1, 4))
     engine.add(make_request("b", 3))
     engine.run()
@@ -511,8 +536,9 @@ def test_what_runs_ends_with_the_error_and_what_waits_goes_on() -> None:
     for _ in range(5):
         engine.turn()
     engine.inflight = None  # the device lost it
-    engine.take(engine.scheduler.fail_running(EngineFailed("lost")))
+    engine.take(engine.scheduler.fail(engine.scheduler.running, EngineFailed("lost")))
     engine.residency.forget_all()
+    engine.prefix.clear()
     assert [engine.answers[name].end for name in "abc"] == ["engine_error", "engine_error", None]
     engine.scheduler.check()
     engine.run()
@@ -526,7 +552,8 @@ def test_all_can_be_ended() -> None:
     engine.turn()
     engine.take(engine.scheduler.fail_all(EngineFailed("closing")))
     assert [engine.answers[name].end for name in "ab"] == ["engine_error"] * 2
-    assert engine.scheduler.idle and engine.scheduler.pages.free == 39
+    engine.prefix.clear()
+    assert engine.scheduler.idle and engine.pages.free == 39
 
 
 def test_output_that_is_not_finite_ends_its_request_alone() -> None:

@@ -10,6 +10,10 @@ what must come back. A prompt that contains one of these words makes something h
     umlaut   emits ä over and over, one byte of UTF-8 a token
     die      the process exits after 2 tokens
 
+Prompts are cached whole: one that was seen before, under the same adapter, tenant and salt, is in
+the cache but for its last token. An adapter from a path with "bad" in it is refused, and one with
+"fleeting" is forgotten at once, behind the client's back.
+
 Options: --fail TYPE reports that start-up failure and exits; --step SECONDS sets the pace;
 --wait SECONDS delays the start; --die-at-start FILE exits while that file exists; --check prints a
 plan.
@@ -22,6 +26,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import zmq
@@ -58,8 +63,19 @@ class Row:
     request: Request
     words: bytes
     born: float
+    cached: int = 0
     made: int = 0
     due: float = 0.0
+
+
+@dataclass
+class Drain:
+    """An unload that waits for the requests of its adapter."""
+
+    seq: int
+    info: AdapterInfo
+    deadline: float
+    ids: set[str]
 
 
 class Engine:
@@ -68,8 +84,12 @@ class Engine:
         preload = settings.adapters.preload
         names = preload if isinstance(preload, list) else ["sql", "chat"]
         self.adapters = {name: _adapter(name, f"/adapters/{name}") for name in names}
+        self.told: dict[str, AdapterInfo] = {}
+        self.draining: list[Drain] = []
         self.rows: dict[str, Row] = {}
+        self.seen: set[tuple] = set()
         self.steps = self.aborted = self.generated = self.prompted = 0
+        self.asked = self.hits = self.loads = self.described = 0
 
     def run(self) -> None:
         pulse = 0.0
@@ -81,6 +101,7 @@ class Engine:
             if self.rows:
                 self._step()
                 time.sleep(self.step)
+            self._finish_drains()
             if time.monotonic() - pulse > 0.2:
                 pulse = time.monotonic()
                 self._pulse()
@@ -89,6 +110,7 @@ class Engine:
         for done in range(4):
             self.send(wire.Progress("compile", done, 3, f"bucket {done}"))
         time.sleep(wait)
+        self.told = dict(self.adapters)
         self.send(
             wire.Ready(
                 EngineInfo(
@@ -112,16 +134,30 @@ class Engine:
         stats = Stats(
             running=len(self.rows),
             pages_total=1023,
-            pages_free=1023 - len(self.rows),
+            pages_free=1016 - len(self.rows),
             pages_kv=len(self.rows),
             steps=self.steps,
             prompt_tokens=self.prompted,
             generated_tokens=self.generated,
-            # Tests read from here how many sequences were aborted.
+            # Tests read from here how many sequences were aborted, and how often all adapters
+            # were described.
             preemptions=self.aborted,
+            recoveries=self.described,
+            pages_cached=7,
+            prefix_asked_tokens=self.asked,
+            prefix_hit_tokens=self.hits,
+            prefix_evictions=3,
+            adapters_registered=len(self.adapters),
+            adapters_host=len(self.adapters),
+            adapters_device=1,
+            host_bytes=1000 * len(self.adapters),
+            adapter_seconds={"read": 0.5 * self.loads, "pack": 0.25 * self.loads},
             running_adapters=tuple(sorted({r.request.adapter or "" for r in self.rows.values()})),
         )
-        self.send(wire.Pulse(stats, list(self.adapters.values())))
+        changed = [i for i in self.adapters.values() if self.told.get(i.name) is not i]
+        removed = [name for name in self.told if name not in self.adapters]
+        self.told = dict(self.adapters)
+        self.send(wire.Pulse(stats, changed, removed))
 
     def _obey(self, command: wire.Command) -> bool:
         match command:
@@ -131,10 +167,11 @@ class Engine:
                 self.aborted += sum(self.rows.pop(id, None) is not None for id in ids)
             case wire.LoadAdapter(seq, name, path, substitute):
                 self.send(self._load(seq, name, path or name, substitute))
-            case wire.UnloadAdapter(seq, name):
-                gone = self.adapters.pop(name, None)
-                error = None if gone else ErrorInfo(type="not_found_error", message="no such one")
-                self.send(wire.Reply(seq, gone, error))
+            case wire.UnloadAdapter(seq, name, drain_seconds):
+                self._unload(seq, name, drain_seconds)
+            case wire.Describe(seq, name):
+                self.described += name is None
+                self.send(wire.Described(seq, self._reports(name)))
             case wire.Drain():
                 return False
         return True
@@ -143,8 +180,44 @@ class Engine:
         if "bad" in path or (name in self.adapters and not substitute):
             message = f"adapter {name!r}: lora_A is missing"
             return wire.Reply(seq, None, ErrorInfo(type="adapter_rejected", message=message))
-        self.adapters[name] = _adapter(name, path)
-        return wire.Reply(seq, self.adapters[name])
+        info = _adapter(name, path)
+        self.loads += 1
+        if "fleeting" not in path:
+            self.adapters[name] = info
+        return wire.Reply(seq, info)
+
+    def _unload(self, seq: int, name: str, drain_seconds: float) -> None:
+        info = self.adapters.pop(name, None)
+        if info is None:
+            error = ErrorInfo(type="not_found_error", message="no such one")
+            self.send(wire.Reply(seq, None, error))
+            return
+        ids = {id for id, row in self.rows.items() if row.request.adapter == name}
+        self.draining.append(Drain(seq, info, time.monotonic() + drain_seconds, ids))
+
+    def _finish_drains(self) -> None:
+        for drain in list(self.draining):
+            drain.ids &= self.rows.keys()
+            if drain.ids and time.monotonic() >= drain.deadline:
+                message = f"adapter {drain.info.name!r} was unloaded"
+                error = ErrorInfo(type="unavailable_error", message=message)
+                self.send(wire.Events([TokenEvent(id=id, error=error) for id in drain.ids]))
+                for id in drain.ids:
+                    del self.rows[id]
+                drain.ids.clear()
+            if not drain.ids:
+                self.draining.remove(drain)
+                self.send(wire.Reply(drain.seq, drain.info))
+
+    def _reports(self, name: str | None) -> list[AdapterInfo]:
+        draining = [replace(drain.info, state="draining") for drain in self.draining]
+        found = [*self.adapters.values(), *draining]
+        users = Counter(row.request.adapter for row in self.rows.values())
+        return [
+            replace(info, in_flight=users[info.name])
+            for info in found
+            if name is None or info.name == name
+        ]
 
     def _submit(self, request: Request) -> None:
         words = bytes(token for token in request.prompt if token < 256)
@@ -159,7 +232,12 @@ class Engine:
         self.prompted += len(request.prompt)
         now = time.monotonic()
         wait = 1.5 if b"sleep" in words else 0.0
-        self.rows[request.id] = Row(request, words, now, due=now + wait)
+        key = (request.adapter, request.tenant, request.cache_salt, request.prompt)
+        cached = len(request.prompt) - 1 if key in self.seen else 0
+        self.seen.add(key)
+        self.asked += len(request.prompt)
+        self.hits += cached
+        self.rows[request.id] = Row(request, words, now, cached, due=now + wait)
 
     def _step(self) -> None:
         now, events = time.monotonic(), []
@@ -178,7 +256,7 @@ class Engine:
 
     def _advance(self, row: Row) -> TokenEvent:
         request, params = row.request, row.request.params
-        event = TokenEvent(id=request.id)
+        event = TokenEvent(id=request.id, cached_tokens=0 if row.made else row.cached)
         if row.made == 0 and params.prompt_logprobs is not None:
             scored = (_score(token, params.prompt_logprobs) for token in request.prompt[1:])
             event = replace(event, prompt_logprobs=(None, *scored))

@@ -1,10 +1,12 @@
 """Loading, unloading and listing adapters; the tokenizer's routes; metrics."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import fake_engine
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_harness import Server, metric, until
 
@@ -33,6 +35,85 @@ def test_load_use_replace_unload(http: httpx.Client) -> None:
     assert http.post("/v1/unload_lora_adapter", json=unload).status_code == 404
     assert http.post("/v1/completions", json=body).status_code == 404
     assert "poet" not in {card["id"] for card in http.get("/v1/models").json()["data"]}
+
+
+def test_an_unload_waits_for_the_requests_that_hold_it(http: httpx.Client) -> None:
+    http.post("/v1/load_lora_adapter", json={"lora_name": "poet"})
+    body = {"model": "poet", "prompt": "slow", "max_tokens": 8, "stream": True}
+    with ThreadPoolExecutor(1) as pool, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        unload = pool.submit(http.post, "/v1/unload_lora_adapter", json={"lora_name": "poet"})
+        until(lambda: state_of(http, "poet") == ("draining", 1))
+        # From its start, it is there for nobody else.
+        assert http.post("/v1/completions", json=body).status_code == 404
+        assert "poet" not in {card["id"] for card in http.get("/v1/models").json()["data"]}
+        again = http.post("/v1/unload_lora_adapter", json={"lora_name": "poet"})
+        assert again.status_code == 404
+        assert not unload.done()
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and "error" not in "".join(rest)
+    assert unload.result().status_code == 200
+    assert http.get("/v1/adapters/poet").status_code == 404
+
+
+def state_of(http: httpx.Client, name: str) -> tuple[str, int]:
+    found = {info["name"]: info for info in http.get("/v1/adapters").json()["data"]}
+    one = http.get(f"/v1/adapters/{name}").json()
+    assert one.keys() == found[name].keys() and one["digest"] == found[name]["digest"]
+    return one["state"], one["in_flight"]
+
+
+def test_a_drain_ends_in_time(http: httpx.Client) -> None:
+    http.post("/v1/load_lora_adapter", json={"lora_name": "poet"})
+    body = {"model": "poet", "prompt": "slow slow", "max_tokens": 200, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        unload = {"lora_name": "poet", "drain_seconds": 0.2}
+        assert http.post("/v1/unload_lora_adapter", json=unload).status_code == 200
+        *_, error, done = [line for line in lines if line]
+    assert "was unloaded" in error and '"code":503' in error and done == "data: [DONE]"
+
+
+def test_the_configuration_has_a_drain_time(start: Callable[..., Server]) -> None:
+    server = start({"adapters": {"preload": ["sql"], "drain_seconds": 0.1}})
+    body = {"model": "sql", "prompt": "slow", "max_tokens": 200}
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=10) as client:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=10)
+        until(lambda: client.get("/v1/adapters/sql").json()["in_flight"] == 1)
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "sql"}).is_success
+        assert answer.result().status_code == 503
+        assert answer.result().headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("seconds", [-1, 3601, "5", True, [1]])
+def test_a_bad_drain_time_is_refused(http: httpx.Client, seconds: object) -> None:
+    body = {"lora_name": "sql", "drain_seconds": seconds}
+    response = http.post("/v1/unload_lora_adapter", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "drain_seconds"
+    assert http.get("/v1/models/sql").is_success
+
+
+def test_a_name_may_come_back_while_it_drains(http: httpx.Client) -> None:
+    load = {"lora_name": "poet"}
+    http.post("/v1/load_lora_adapter", json=load)
+    body = {"model": "poet", "prompt": "slow", "max_tokens": 6, "stream": True}
+    with ThreadPoolExecutor(1) as pool, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        unload = pool.submit(http.post, "/v1/unload_lora_adapter", json=load)
+        until(lambda: http.get("/v1/models/poet").status_code == 404)
+        assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
+        for _ in lines:
+            pass
+    assert unload.result().status_code == 200
+    # The end of the old one took nothing from the new one, in this pulse or the next.
+    for _ in range(3):
+        assert http.post("/v1/completions", json=body | {"prompt": "hi"}).is_success
+        time.sleep(0.2)
+    assert http.post("/v1/unload_lora_adapter", json=load).status_code == 200
 
 
 def test_refused_loads_say_why(http: httpx.Client) -> None:
@@ -94,6 +175,49 @@ def test_metrics_follow_the_requests(http: httpx.Client) -> None:
     assert value("page_ledger_errors_total") == 0
     assert value("cache_config_info", page_size="16", num_pages="1024") == 1
     until(lambda: value("generation_tokens_total") >= 20)
+
+
+def test_metrics_tell_of_tiers_loading_and_the_prefix_cache(start: Callable[..., Server]) -> None:
+    server = start()
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+
+        def value(name: str, **labels: str) -> float:
+            return metric(client, f"jslora:{name}", **labels)
+
+        for name in ("poet", "cook"):
+            client.post("/v1/load_lora_adapter", json={"lora_name": name})
+        for _ in range(2):
+            body = {"model": "poet", "prompt": "tiers", "max_tokens": 1}
+            client.post("/v1/completions", json=body)
+        until(lambda: value("prefix_cache_queries_total") == 10)
+        assert value("prefix_cache_hits_total") == 4
+        assert value("prefix_cache_evictions_total") == 3
+        assert value("lora_adapters_registered") == value("lora_adapters_host") == 4
+        assert value("lora_adapters_device") == 1
+        assert value("lora_host_bytes") == 4000
+        assert value("lora_load_seconds_total", stage="read") == 1
+        assert value("lora_load_seconds_total", stage="pack") == 0.5
+        until(lambda: value("num_requests_running") == 0)
+        # Cached pages are there for the taking.
+        assert value("pages_cached") == 7 and value("pages_free") == 1016
+        assert value("kv_cache_usage_perc") == 0
+
+
+def test_thousands_of_adapters_are_reported_seldom(start: Callable[..., Server]) -> None:
+    names = [f"adapter-{n:04}" for n in range(2000)]
+    server = start({"adapters": {"preload": names}})
+    with httpx.Client(base_url=server.url, timeout=20) as client, ThreadPoolExecutor(8) as pool:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["base", *names]
+        lists = list(pool.map(lambda _: client.get("/v1/adapters").json()["data"], range(24)))
+        assert all([info["name"] for info in found] == names for found in lists)
+        until(lambda: metric(client, "jslora:recoveries_total") > 0)
+        time.sleep(0.3)
+        assert metric(client, "jslora:recoveries_total") <= 12  # the fake counts here
+        assert client.get("/v1/adapters/adapter-1234").json()["name"] == "adapter-1234"
+        # A list has all that was answered before it was asked for.
+        client.post("/v1/load_lora_adapter", json={"lora_name": "poet"})
+        found = client.get("/v1/adapters").json()["data"]
+        assert "poet" in {info["name"] for info in found}
 
 
 def test_metrics_have_no_series_per_adapter(http: httpx.Client) -> None:

@@ -140,6 +140,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"cache_salt": "x" * 129}, "cache_salt"),
+    ({"cache_salt": 5}, "cache_salt"),
 ]
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fake_engine
@@ -100,6 +101,30 @@ def test_the_death_of_the_engine_ends_streams_with_an_error(
     assert answer["choices"][0]["text"] == fake_engine.text("poet", "hi", 16)
     client.close()
     assert server.stop()[0] == 0
+
+
+def test_an_unload_that_the_engines_death_cuts_short_has_succeeded(
+    start: Callable[..., Server],
+) -> None:
+    server = start()
+    with httpx.Client(base_url=server.url, timeout=10) as client, ThreadPoolExecutor(1) as pool:
+        stream = streams(server, 1)[0]
+        unload = pool.submit(client.post, "/v1/unload_lora_adapter", json={"lora_name": "sql"})
+        until(lambda: client.get("/v1/models/sql").status_code == 404)
+        server.engine().kill()
+        assert unload.result().status_code == 200
+        stream.join(5)
+        until(lambda: client.get("/health").status_code == 200, 10)
+        # The new engine had it from the configuration.
+        assert {info["name"] for info in client.get("/v1/adapters").json()["data"]} == {"chat"}
+        assert client.get("/v1/models/sql").status_code == 404
+        load = {"lora_name": "sql", "lora_path": "sql"}
+        assert client.post("/v1/load_lora_adapter", json=load).is_success
+        server.engine().kill()
+        until(lambda: client.get("/health").status_code == 503, 3.0)
+        assert client.get("/v1/adapters").status_code == 503
+        until(lambda: client.get("/health").status_code == 200, 10)
+        assert client.post("/v1/completions", json=SLOW | {"prompt": "hi"}).is_success
 
 
 def test_an_engine_that_dies_on_a_request_takes_only_that_time(

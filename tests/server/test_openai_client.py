@@ -106,6 +106,42 @@ def test_a_stream_interleaves_choices_and_echoes_prompts(client: openai.OpenAI) 
     assert texts == {0: one, 1: one, 2: two, 3: two}
 
 
+def test_usage_tells_what_was_cached(client: openai.OpenAI) -> None:
+    """The fake engine has a prompt's tokens but the last when it saw all of them before."""
+
+    def cached(prompt: str | list[str], salt: str | None = None, **fields: object) -> int:
+        extra = {} if salt is None else {"extra_body": {"cache_salt": salt}}
+        answer = client.completions.create(
+            model="sql", prompt=prompt, max_tokens=2, **extra, **fields
+        )
+        if fields.get("stream"):
+            *_, answer = answer
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached("to be seen twice") == 0
+    assert cached("to be seen twice") == 15
+    assert cached("to be seen twice", salt="mine") == 0
+    assert cached("to be seen twice", salt="mine") == 15
+    usage = {"include_usage": True}
+    assert cached("to be seen twice", stream=True, stream_options=usage) == 15
+    # A prompt counts once, whatever n is.
+    assert cached(["to be seen twice", "never seen"], n=3) == 15
+    assert cached(["to be seen twice", "never seen"], n=3) == 15 + 9
+
+
+def test_chat_usage_tells_what_was_cached(client: openai.OpenAI) -> None:
+    def create(**fields: object) -> object:
+        messages = [{"role": "user", "content": "cached?"}]
+        return client.chat.completions.create(
+            model="chat", messages=messages, max_tokens=2, **fields
+        )
+
+    first = create().usage
+    assert first.prompt_tokens_details.cached_tokens == 0
+    *_, last = create(stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == first.prompt_tokens - 1
+
+
 def test_every_choice_of_a_chat_stream_has_its_role(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="sql", messages=[{"role": "user", "content": "hi"}], n=3, max_tokens=4, stream=True

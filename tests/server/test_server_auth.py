@@ -14,7 +14,7 @@ from jslora.server.app import create_app
 OPEN = {"/health", "/health/live", "/health/ready", "/ping", "/version", "/metrics"}
 SECRETS = {"alice": "secret-of-alice", "bob": "schlüssel-of-bob", "root": "secret-of-root"}
 KEYS = {
-    SECRETS["alice"]: {"tenant": "alice", "adapters": ["sql"]},
+    SECRETS["alice"]: {"tenant": "alice", "adapters": ["sql", "for-alice"]},
     SECRETS["bob"]: {"tenant": "bob", "adapters": []},
     SECRETS["root"]: {"tenant": "root", "admin": True},
 }
@@ -134,6 +134,39 @@ def test_only_administrators_load_and_unload(keyed: Any) -> None:
     reports = call(keyed, "GET", "/v1/adapters", "alice").json()["data"]
     assert "path" not in reports[0] and "digest" in reports[0]
     assert "path" in call(keyed, "GET", "/v1/adapters", "root").json()["data"][0]
+
+
+def test_only_administrators_change_aliases_and_only_their_users_see_them(keyed: Any) -> None:
+    targets = {"targets": {"chat": 1}}
+    for name in ("sql-latest", "for-alice"):
+        assert call(keyed, "PUT", f"/v1/aliases/{name}", "root", json=targets).status_code == 200
+    for method, path in [
+        ("PUT", "/v1/aliases/mine"),
+        ("PUT", "/v1/aliases/for-alice"),
+        ("POST", "/v1/aliases/for-alice/rollback"),
+        ("DELETE", "/v1/aliases/for-alice"),
+    ]:
+        response = call(keyed, method, path, "alice", json=targets)
+        assert response.status_code == 403
+        assert response.json()["error"]["type"] == "permission_error"
+    body = {"model": "for-alice", "prompt": "hi", "max_tokens": 2}
+    for who, names in {
+        "alice": {"for-alice"},
+        "bob": set(),
+        "root": {"sql-latest", "for-alice"},
+    }.items():
+        found = {alias["name"] for alias in call(keyed, "GET", "/v1/aliases", who).json()["data"]}
+        assert found == names
+        assert names <= {m["id"] for m in call(keyed, "GET", "/v1/models", who).json()["data"]}
+        status = 200 if "for-alice" in names else 404
+        assert call(keyed, "GET", "/v1/aliases/for-alice", who).status_code == status
+        assert call(keyed, "GET", "/v1/models/for-alice", who).status_code == status
+        # Who may use the alias may use what it leads to, by this name only.
+        answer = call(keyed, "POST", "/v1/completions", who, json=body)
+        assert answer.status_code == status
+    assert call(keyed, "GET", "/v1/models/chat", "alice").status_code == 404
+    for name in ("sql-latest", "for-alice"):
+        assert call(keyed, "DELETE", f"/v1/aliases/{name}", "root").status_code == 200
 
 
 def test_bodies_are_not_read_before_the_key_is_checked(keyed: Any) -> None:

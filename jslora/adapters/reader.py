@@ -1,0 +1,136 @@
+"""From a folder to an adapter's contents, by the shortest way: remembered, outlined, or read whole.
+
+Knows no names and keeps nothing but what the cache keeps. Host only: no jax.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from jslora.adapters.cache import PackedCache
+from jslora.adapters.files import identities
+from jslora.adapters.layout import Layout, lay_out, pack
+from jslora.adapters.peft import CONFIG, WEIGHTS, Limits, Outline, read_adapter, read_outline
+from jslora.adapters.version import Version
+from jslora.errors import AdapterRejected
+from jslora.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Outlined:
+    """What is known of a folder without its numbers; `version` only if it was once read whole."""
+
+    outline: Outline
+    layout: Layout
+    version: Version | None
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A folder's contents; `seconds` by stage of having them."""
+
+    outline: Outline
+    layout: Layout
+    version: Version
+    blob: Float[np.ndarray, "L n E"]
+    seconds: dict[str, float]
+
+
+class Reader:
+    """Reads folders for one model and pool; every method may be called from any thread."""
+
+    def __init__(
+        self, model: ModelConfig, page_elements: int, dtype: np.dtype, limits: Limits,
+        host_cache_bytes: int, cache: PackedCache,
+    ) -> None:  # fmt: skip
+        self._model, self._page_elements = model, page_elements
+        self._dtype = np.dtype(dtype)
+        self._limits, self._host_cache_bytes = limits, host_cache_bytes
+        self._cache = cache
+
+    def remembered(self, folder: Path) -> Outlined | None:
+        """What was read of these very files before, if it would still be served."""
+        found = self._cache.known.get(folder)
+        if found is None:
+            return None
+        digest, outline = found
+        if outline.files is None or identities(folder, (CONFIG, WEIGHTS)) != outline.files:
+            return None
+        limits = self._limits
+        if outline.files[1].size > limits.max_file_bytes or outline.rank.max() > limits.max_rank:
+            return None
+        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
+        self._check_size(layout)
+        return Outlined(outline, layout, self._version(digest, layout))
+
+    def outline(self, folder: Path, root: Path) -> Outlined:
+        """All that can be known without reading tensors.
+
+        Raises:
+            AdapterRejected: see `read_outline`; or it is larger than the pool or the host tier.
+        """
+        outline = read_outline(folder, self._model, self._limits, root)
+        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
+        self._check_size(layout)
+        return Outlined(outline, layout, None)
+
+    def whole(self, folder: Path, root: Path) -> Whole:
+        """Read, check and pack a folder; and put what it holds in the cache.
+
+        Raises:
+            AdapterRejected: see `read_adapter`; or it is larger than the pool or the host tier.
+        """
+        began, clock = time.time(), _Clock()
+        adapter = read_adapter(folder, self._model, self._limits, root)
+        clock.lap("read")
+        outline = adapter.outline(self._model)
+        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
+        self._check_size(layout)
+        packed = pack(adapter, self._model, self._page_elements, self._dtype)
+        clock.lap("pack")
+        self._cache.store(adapter.digest, packed.blob)
+        self._cache.known.put(folder, adapter.digest, outline, began)
+        clock.lap("store")
+        version = self._version(adapter.digest, layout)
+        return Whole(outline, layout, version, packed.blob, clock.seconds)
+
+    def _check_size(self, layout: Layout) -> None:
+        most = self._limits.max_pages
+        if most is not None and layout.n_pages > most:
+            raise AdapterRejected(f"the adapter takes {layout.n_pages} pages; the pool has {most}")
+        needed, most = self._packed_bytes(layout), self._host_cache_bytes
+        if needed > most:
+            raise AdapterRejected(
+                f"the adapter takes {needed} bytes of host memory; "
+                f"adapters.host_cache_bytes is {most}"
+            )
+
+    def _version(self, digest: str, layout: Layout) -> Version:
+        return Version(
+            digest=digest,
+            a_offset=layout.a_offset,
+            b_offset=layout.b_offset,
+            rank=layout.rank,
+            scale=layout.scale,
+            n_pages=layout.n_pages,
+            packed_bytes=self._packed_bytes(layout),
+        )
+
+    def _packed_bytes(self, layout: Layout) -> int:
+        pages = self._model.layers * layout.n_pages
+        return pages * self._page_elements * self._dtype.itemsize
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        before, self._at = self._at, time.monotonic()
+        self.seconds[stage] = self._at - before
