@@ -61,6 +61,15 @@ class _Arrival:
     registration: Registration | None
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A dispatched step, since when (of `time.monotonic`)."""
+
+    plan: Plan
+    step: Step
+    since: float
+
+
 class EngineCore:
     """Scheduler, adapters and runner behind an inbox.
 
@@ -192,7 +201,7 @@ class EngineCore:
             self._refuse_inbox()
 
     def _serve(self) -> None:
-        inflight: tuple[Plan, Step] | None = None
+        inflight: _InFlight | None = None
         while not self._closing.is_set():
             self._drain_inbox(wait=inflight is None and self._resting)
             started = time.monotonic()
@@ -204,7 +213,7 @@ class EngineCore:
         """Whether nothing will happen before the next command."""
         return self.scheduler.idle and self.adapters.resting and not self.residency.loading
 
-    def _attempt(self, inflight: tuple[Plan, Step] | None) -> tuple[Plan, Step] | None:
+    def _attempt(self, inflight: _InFlight | None) -> _InFlight | None:
         """A turn; if it fails, the way back."""
         try:
             return self._turn(inflight)
@@ -213,29 +222,29 @@ class EngineCore:
         self._recover()
         return None
 
-    def _turn(self, inflight: tuple[Plan, Step] | None) -> tuple[Plan, Step] | None:
+    def _turn(self, inflight: _InFlight | None) -> _InFlight | None:
         """One step ahead, one step read."""
         if inflight and not self._lookahead:
-            self._commit(*inflight)
+            self._commit(inflight)
             inflight = None
         self.scheduler.fetch()
         self.adapters.bring_pinned()
         for chunk in self.residency.writes(WRITES_PER_STEP, PATIENCE):
             self.runner.write(chunk)
-        plan = self.scheduler.plan()
-        handle = (plan, self.runner.execute(plan)) if plan else None
+        plan, now = self.scheduler.plan(), time.monotonic()
+        ahead = _InFlight(plan, self.runner.execute(plan), now) if plan else None
         if inflight:
-            self._commit(*inflight)
+            self._commit(inflight)
         if plan is None:
             self._emit_all(self.scheduler.failures())
             if inflight is None and not self._resting:
                 time.sleep(NAP)  # an adapter is being read or transferred
         self._emit_all(self.adapters.bury())
-        return handle
+        return ahead
 
-    def _commit(self, plan: Plan, step: Step) -> None:
-        events = self.scheduler.commit(plan, step.wait())
-        self._time(plan)
+    def _commit(self, done: _InFlight) -> None:
+        events = self.scheduler.commit(done.plan, done.step.wait())
+        self._time(done)
         self._steps += 1
         self._emit_all(events)
         if self._check_ledger:
@@ -253,13 +262,13 @@ class EngineCore:
         self.prefix.clear()
         self.runner.reset()
 
-    def _time(self, plan: Plan) -> None:
+    def _time(self, done: _InFlight) -> None:
         """Learn what computing a page takes, from steps that mostly do that."""
-        before, self._read_at = self._read_at, time.monotonic()
-        tokens = sum(row.length for row in plan.rows)
-        if tokens >= 2 * len(plan.rows) and before:
-            page = self.scheduler.limits.page_size / tokens
-            self.prefix.kind.took((self._read_at - before) * page)
+        began, self._read_at = max(self._read_at, done.since), time.monotonic()
+        tokens = sum(row.length for row in done.plan.rows)
+        if tokens >= 2 * len(done.plan.rows):
+            pages = tokens / self.scheduler.limits.page_size
+            self.prefix.kind.took((self._read_at - began) / pages)
 
     def _emit_all(self, events: list[TokenEvent]) -> None:
         if events:

@@ -485,6 +485,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Once nothing is under way, everything is accounted for."""
         self._wait(lambda: not (self.loading or self.unloading or self.sent), "all to end")
         self._wait(lambda: self._on_engine(self._resting), "the engine to rest")
+        self.take_news()  # of requests that had ended before they were cancelled
         for request in list(self.cancelled):
             self._forget(request)
         self._on_engine(self._check_pages)

@@ -42,6 +42,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("jslora.adapters.known.SETTLED_SECONDS", -60.0)
         self.folder = Path(tempfile.mkdtemp())
         self.digests, self.blobs = _contents(self.folder / "elsewhere")
         self.stores = Stores(self.folder)
@@ -100,6 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.get(label) is registration
         self._enter(label, registration, None)
         self._decide(registration)
+        assert self.seeds[registration] in (None, self.on_disk[folder])
 
     @rule(label=LABELS, folder=FOLDERS, replace=st.booleans())
     def load(self, label: str, folder: str, replace: bool) -> None:
@@ -229,11 +232,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert not any(self.store.holds(digest) for digest in self.digests)
         assert self.store.get("p") is None and self.store.registered() == {}
         shutil.rmtree(self.folder)
-
-
-@pytest.fixture(autouse=True)
-def remember_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jslora.adapters.known.SETTLED_SECONDS", -1e12)
+        self.patch.undo()
 
 
 StoreMachine.TestCase.settings = settings(
@@ -241,7 +240,7 @@ StoreMachine.TestCase.settings = settings(
     max_examples=40,
     stateful_step_count=40,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
