@@ -2,7 +2,8 @@
 
 A step whose rows all have one token runs in a decode bucket (T = B); any other runs in a mixed
 bucket with the most rows. The smallest has 8 rows: XLA:CPU's one-row bf16 products are many times
-slower than eight-row ones. Host only: no jax.
+slower than eight-row ones. The smallest mixed one is for a short prompt, or what the prefix cache
+left of one, beside rows that decode. Host only: no jax.
 """
 
 from jslora.batch import Bucket
@@ -15,7 +16,7 @@ def make_buckets(max_rows: int, max_tokens: int, pages: int) -> list[Bucket]:
     rows = [SMALLEST]
     while rows[-1] < max_rows:
         rows.append(2 * rows[-1])
-    tokens = [max(2 * rows[-1], 64 if max_tokens >= 64 else 0)]
+    tokens = [2 * rows[-1]]
     while tokens[-1] < max_tokens:
         tokens.append(2 * tokens[-1])
     decode = [Bucket(n, n, pages) for n in rows]

@@ -141,8 +141,10 @@ class Lifecycle:
             if version is not None and blob is not None:
                 self._pins.remove(registration)
                 self._room.residency.pinned.add(version.digest)
+                if version.digest in self._room.residency.residents:
+                    continue  # it came for a request
                 pages = self._room.take_free_run(version.n_pages)
-                if pages is not None and version.digest not in self._room.residency.residents:
+                if pages is not None:
                     self._room.residency.bring(version, blob, pages)
 
     def _list_pins(self) -> None:
@@ -154,12 +156,12 @@ class Lifecycle:
     def bury(self) -> list[TokenEvent]:
         """Free what nobody can ask for any more; what that means for requests."""
         events = self._hear_of_loads()
+        while not self._unloads.empty():  # before the dead are asked for, theirs among them
+            self._drains.append(self._unloads.get())
         for digest in self._store.take_dead():
             self._room.residency.retire(digest)
             self._room.residency.pinned.discard(digest)
             self._room.prefix.drop(digest)
-        while not self._unloads.empty():
-            self._drains.append(self._unloads.get())
         for drain in list(self._drains):
             if drain.registration.uses == 0 and not self._left_of(drain.registration.version):
                 self._drains.remove(drain)

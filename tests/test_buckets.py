@@ -10,7 +10,7 @@ from jslora.buckets import SMALLEST, choose, make_buckets
 
 def test_the_buckets_of_the_demo() -> None:
     assert [(b.tokens, b.rows) for b in make_buckets(16, 256, 128)] == [
-        (8, 8), (16, 16), (64, 16), (128, 16), (256, 16),
+        (8, 8), (16, 16), (32, 16), (64, 16), (128, 16), (256, 16),
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from goldens.adapters import write_adapter
 from goldens.cases import ADAPTERS, ROOT
 from safetensors.numpy import load_file, save_file
 
+from jslora.adapters.reader import Reader
 from jslora.engine import Engine
 from jslora.errors import (
     AdapterRejected,
@@ -285,6 +287,30 @@ def test_a_transfer_that_fails_ends_who_waited_for_it_alone(
         tokens += [token for chunk in stream for token in chunk.tokens]
         assert tuple(tokens) == tokens_of(cold, [Ask(LONG, greedy(60))])[0]
         assert_nothing_leaked(engine)
+
+
+def test_a_pinned_adapter_that_was_asked_for_first_takes_its_pages_once(
+    tmp: Path, cold: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, go = Reader.whole, threading.Event()
+    monkeypatch.setattr(Reader, "whole", lambda *of: go.wait(20) and read(*of))
+    fresh = tmp.parent / "unread-cache"
+    pinned = {"preload": ["r5"], "pinned": ["r5"]}
+    with small_engine(tmp, LLAMA3 / "model", adapters=pinned, cache_dir=str(fresh)) as engine:
+        asked = Asked(engine, [Ask(LONG, greedy(), "r5")])
+        wait_until(lambda: engine.stats().waiting == 1)
+        go.set()
+        assert [asked.outcomes()[0].tokens] == tokens_of(cold, [Ask(LONG, greedy(), "r5")])
+        assert_nothing_leaked(engine)
+
+
+def test_a_pinned_adapter_is_on_the_device_before_anybody_asks(tmp: Path) -> None:
+    pinned = {"preload": ["r5", "r1"], "pinned": ["r5"]}
+    with small_engine(tmp, LLAMA3 / "model", adapters=pinned) as engine:
+        wait_until(lambda: engine.core.adapters.report("r5").state == "device")
+        report = engine.core.adapters.report("r5")
+        assert report.pinned and report.in_flight == 0
+        assert engine.core.adapters.report("r1").bytes_device == 0
 
 
 # Aliases ----------------------------------------------------------------------------------------
