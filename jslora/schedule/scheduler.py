@@ -140,6 +140,7 @@ class Scheduler:
         self._short = None
         for sequence in list(islice(self.waiting, PREFETCH)):
             if sequence.registration:
+                first = sequence.registration not in ahead
                 ahead.add(sequence.registration)
                 if len(ahead) > 1 and not self.store.fits_host(sum(r.n_pages for r in ahead)):
                     return  # one would push the other out of host memory
@@ -153,6 +154,8 @@ class Scheduler:
                     continue
                 if version:
                     keep.add(version.digest)
+                if first and sequence.digest not in self.room.residency.residents:
+                    spare += sequence.registration.n_pages  # it is being read
             spare += self.limits.pages(len(sequence.tokens))
 
     def _bring(

@@ -15,7 +15,7 @@ from jslora.adapters.version import Version
 from jslora.errors import EngineFailed, InvalidRequest, Overloaded
 from jslora.memory.pages import PageAllocator
 from jslora.memory.prefix import PrefixCache
-from jslora.memory.residency import Residency
+from jslora.memory.residency import Residency, Resident
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 from jslora.request import Request, SamplingParams, TokenEvent
@@ -28,6 +28,18 @@ LIMITS = Limits(
     page_size=4, vocab_size=VOCAB, eos_token_ids=(7,),
 )  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+class Watched(Residency):
+    """Notices when an adapter that came for somebody who waits leaves before it was used."""
+
+    scheduler: Scheduler
+
+    def evict(self, resident: Resident) -> None:
+        wanted = resident.version.digest in {s.digest for s in self.scheduler.waiting}
+        alone = len(self.scheduler.running) <= 1
+        assert alone or not (resident.fresh and wanted), "it came in vain"
+        super().evict(resident)
 
 
 class Engine:
@@ -47,11 +59,11 @@ class Engine:
         self.pages, clock = PageAllocator(pages), Clock()
         self.prefix = PrefixCache(self.pages, clock, enabled=prefix_cache)
         self.store = FakeStore(again)
-        self.residency = Residency(
+        self.residency = Watched(
             self.pages, clock, FakeUploads(), LAYERS, pages, LAYERS * pages, chunk
         )
         room = Room(self.pages, self.prefix, self.residency)
-        self.scheduler = Scheduler(limits, room, self.store)
+        self.scheduler = self.residency.scheduler = Scheduler(limits, room, self.store)
         self.device = FakeDevice(limits, pages)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
@@ -524,6 +536,45 @@ def test_a_pinned_adapter_stays_while_somebody_can_be_preempted() -> None:
         engine.add(make_request(name, 20, LONG))
     engine.run()
     assert engine.scheduler.preemptions > 0 and engine.residency.evictions == 0
+
+
+def test_an_adapter_leaves_pages_for_those_further_ahead() -> None:
+    """The second's adapter would fit now, but not beside the tokens of the first."""
+    engine = Engine(replace(LIMITS, max_running=2), pages=14)
+    engine.store.delays["001"] = 3
+    engine.add(make_request("a", 24, GREEDY), make_version(1, 5))
+    engine.add(make_request("b", 3, GREEDY), make_version(2, 4))
+    engine.turn()
+    assert not engine.residency.residents, "13 pages are there, 6 and 5 of them spoken for"
+    engine.run()
+    assert engine.residency.evictions <= 1 and engine.scheduler.preemptions == 0
+
+
+def test_what_is_found_in_the_prefix_cache_is_not_computed() -> None:
+    engine = Engine()
+    engine.add(make_request("a", 13))
+    engine.run()
+    engine.add(make_request("a", 13))
+    assert in_step(engine.turn()) == {"a": 1}
+    engine.run()
+    assert (engine.scheduler.asked_tokens, engine.scheduler.hit_tokens) == (26, 12)
+    for owner in ({"tenant": "other"}, {"cache_salt": "other"}):
+        engine.add(replace(make_request("a", 13), **owner))
+        engine.run()
+    assert engine.scheduler.hit_tokens == 12, "nothing of somebody else's"
+
+
+def test_a_preempted_sequence_goes_on_from_what_the_prefix_cache_still_has() -> None:
+    engine = Engine(replace(LIMITS, max_running=2, max_step_tokens=32), pages=14)
+    for name in ("a", "b"):
+        engine.add(make_request(name, 8, LONG))
+    while not engine.scheduler.preemptions:
+        engine.turn()
+    found = engine.scheduler.hit_tokens
+    engine.run()
+    assert engine.scheduler.hit_tokens > found
+    for name, request in engine.requests.items():
+        assert engine.answers[name] == continue_request(request, "", engine.limits)
 
 
 # Ends --------------------------------------------------------------------------------------------
