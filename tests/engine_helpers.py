@@ -1,16 +1,29 @@
 """Small engines for tests: any golden or random model in float32, ledger checked at every step."""
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goldens.adapters import PARENTS
+from goldens.cases import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jslora.engine import Completion, Engine
 from jslora.errors import JsloraError
 from jslora.request import SamplingParams
+
+LLAMA3 = ROOT / "llama3"
+CONFIG = json.loads((LLAMA3 / "model" / "config.json").read_text())
+PROMPT = [5, 6, 7, 8, 9]
+EVERYTHING = sorted(PARENTS)
+
+
+def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **settings)
 
 
 def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
@@ -27,6 +40,14 @@ def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
         "scheduler": {"max_running": 8, "max_step_tokens": 32} | sections.pop("scheduler", {}),
     }
     return Engine(config | sections, check_ledger=True)
+
+
+@contextmanager
+def tight_engine(tmp: Path, **sections: Any) -> Iterator[Engine]:
+    """31 pages, for KV and at most three wide adapters; no prefix cache takes any."""
+    tight = {"pool": {"pages": 32, "prefix_cache": False}, "scheduler": {"max_step_tokens": 16}}
+    with small_engine(tmp, LLAMA3 / "model", **(tight | sections)) as engine:
+        yield engine
 
 
 @dataclass(frozen=True)

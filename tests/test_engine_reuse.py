@@ -1,6 +1,5 @@
 """What is kept between requests is only ever used where it is right: cached pages, names, tiers."""
 
-import json
 import shutil
 import threading
 from collections import Counter
@@ -11,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_helpers import (
+    CONFIG,
+    LLAMA3,
     Ask,
     Asked,
     answers,
     assert_nothing_leaked,
+    greedy,
     small_engine,
     tokens_of,
     wait_until,
 )
 from goldens.adapters import write_adapter
-from goldens.cases import ADAPTERS, ROOT
+from goldens.cases import ADAPTERS
 from safetensors.numpy import load_file, save_file
 
 from jslora.adapters.reader import Reader
@@ -34,15 +36,9 @@ from jslora.errors import (
 )
 from jslora.request import SamplingParams
 
-LLAMA3 = ROOT / "llama3"
-CONFIG = json.loads((LLAMA3 / "model" / "config.json").read_text())
 LONG = [(7 * i) % 250 for i in range(70)]
 SIZE = 16
 """Tokens a page."""
-
-
-def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, **settings)
 
 
 @pytest.fixture(scope="module")
