@@ -2,7 +2,8 @@
 
     inflight = None
     while running:
-        drain inbox                              # requests, aborts, adapter commands
+        drain inbox                              # requests, aborts
+        scheduler.fetch()                        # bring the adapters of those who wait
         plan = scheduler.plan()                  # may use tokens not yet read
         handle = runner.execute(plan)            # asynchronous; the copy to the host has begun
         if inflight: emit(scheduler.commit(*inflight))
