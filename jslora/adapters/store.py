@@ -54,7 +54,6 @@ class AdapterStore(Contents):
         reader = Reader(model, page_elements, dtype, limits, host_cache_bytes, cache)
         super().__init__(reader, cache, host_cache_bytes)
         self._page_bytes = model.layers * page_elements * np.dtype(dtype).itemsize
-        self._host_limit = host_cache_bytes
         self._roots = Roots(roots)
         self._base_name = base_name
         # Below here everything is written under the lock.
@@ -127,7 +126,7 @@ class AdapterStore(Contents):
 
     def fits_host(self, pages: int) -> bool:
         """Whether so many packed pages can be in host memory at once."""
-        return pages * self._page_bytes <= self._host_limit
+        return pages * self._page_bytes <= self._host.limit
 
     def get(self, name: str) -> Registration | None:
         """What is registered under `name` now."""

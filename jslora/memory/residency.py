@@ -80,6 +80,7 @@ class Residency:
     residents: dict[str, Resident] = field(default_factory=dict)
     loads: int = 0
     evictions: int = 0
+    _coming: list[Resident] = field(default_factory=list)  # looked at in every step, so few
 
     # Coming --------------------------------------------------------------------------------------
 
@@ -98,6 +99,7 @@ class Residency:
             raise
         resident = Resident(version, placement, uploads, self.clock.tick(), started)
         self.residents[version.digest] = resident
+        self._coming.append(resident)
         self.loads += 1
 
     def _send(self, blob: np.ndarray, pages: list[int]) -> Iterator["Future[Any]"]:
@@ -122,7 +124,7 @@ class Residency:
         """
         self._await(patience)
         found: list[Any] = []
-        for resident in list(self.residents.values()):
+        for resident in self._coming:
             try:
                 while resident.uploads and resident.uploads[0].done() and len(found) < limit:
                     found.append(resident.uploads[0].result())
@@ -135,10 +137,11 @@ class Residency:
                 continue
             if resident.doomed and not resident.busy:
                 self._drop(resident)
+        self._coming = [resident for resident in self._coming if resident.uploads]
         return found
 
     def _await(self, patience: float) -> None:
-        coming = [r.uploads[0] for r in self.residents.values() if r.uploads]
+        coming = [resident.uploads[0] for resident in self._coming]
         if coming and not any(upload.done() for upload in coming):
             wait(coming, patience, FIRST_COMPLETED)
 
@@ -154,7 +157,8 @@ class Residency:
 
     @property
     def loading(self) -> bool:
-        return any(resident.uploads for resident in self.residents.values())
+        """Whether an adapter is on its way."""
+        return bool(self._coming)
 
     # Use -----------------------------------------------------------------------------------------
 
@@ -216,6 +220,7 @@ class Residency:
         """The pool was lost: nothing is on the device any more."""
         for resident in list(self.residents.values()):
             self._drop(resident)
+        self._coming.clear()
 
     def _drop(self, resident: Resident) -> None:
         del self.residents[resident.version.digest]

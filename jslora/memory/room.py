@@ -29,6 +29,8 @@ class Room:
 
     def take(self, n: int, keep: Collection[str] = ()) -> list[int] | None:
         """`n` single pages; None if giving up all but the adapters in `keep` were not enough."""
+        if self.pages.free >= n:  # so it mostly is, and there may be thousands of adapters
+            return self.pages.take(n)
         idle = self.residency.idle(keep)
         if self._within_reach(idle) < n:
             return None
@@ -52,6 +54,8 @@ class Room:
 
         None if `spare` more could not be had afterwards, in the same way as by `take`.
         """
+        if self.pages.free >= n + spare and (pages := self.take_free_run(n)) is not None:
+            return pages
         idle = self.residency.idle(keep)
         if self._within_reach(idle) < n + spare:
             return None

@@ -188,10 +188,12 @@ class Scheduler:
 
     def _wanted_fresh(self) -> set[str]:
         """Adapters that came for a waiting sequence and were not used yet, and pinned ones."""
-        residency = self.room.residency
-        fresh = {digest for digest, r in residency.residents.items() if r.fresh}
-        wanted = {sequence.digest for sequence in self.waiting} if fresh else set()
-        return fresh & wanted | residency.pinned
+        residency, found = self.room.residency, set(self.room.residency.pinned)
+        for sequence in self.waiting:
+            resident = residency.residents.get(sequence.digest)
+            if resident and resident.fresh:
+                found.add(sequence.digest)
+        return found
 
     # Planning ------------------------------------------------------------------------------------
 

@@ -100,6 +100,14 @@ def test_what_is_kept_used_or_on_its_way_is_not_given_up() -> None:
     assert room.take_run(3, {"003"}) == [4, 5, 6]
 
 
+def test_free_pages_are_taken_without_a_look_at_what_else_could_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = make_room(13)
+    monkeypatch.setattr(Residency, "idle", lambda *others: pytest.fail("there may be thousands"))
+    assert room.take(4) == [12, 11, 10, 9] and room.take_run(4, spare=2) == [1, 2, 3, 4]
+
+
 def test_pages_to_spare_are_kept_in_reach() -> None:
     room = make_room(10)
     cache(room, 9, 0.0)
