@@ -12,11 +12,11 @@ padding rows sample into a slot beyond the last, padding reads go to page 0.
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
-from jslora.model.config import MODULES
+from pallas_kernels.paged_attention.cut import Cut
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,15 +33,6 @@ class Bucket:
         return self.tokens > self.rows
 
 
-class WorkShape(Protocol):
-    """How LoRA work is cut (`pallas_kernels.lora.Shape`)."""
-
-    @property
-    def tile(self) -> int: ...
-    @property
-    def blocks(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """What the host must know of the compiled programs to fill their arrays.
@@ -50,7 +41,7 @@ class Geometry:
         slots: running sequences at most; also the slot of padding rows.
         page_numbers: numbers in one page of one layer.
         drop_page: a page beyond the pool in every layer, where padding writes go.
-        query_tile: tokens in one prefill tile.
+        attention: how a step's attention is cut.
         rank_block: ranks in one LoRA block.
         max_rank: highest rank an adapter may have.
         row_lengths: of each module, the length of a row of A and of a row of B.
@@ -62,30 +53,24 @@ class Geometry:
     page_numbers: int
     slots: int
     drop_page: int
-    query_tile: int
+    attention: Cut
     rank_block: int
     max_rank: int
     row_lengths: tuple[tuple[int, int], ...]
 
-    def items(self, bucket: Bucket, cut: WorkShape) -> int:
-        """Most LoRA items one module can have: every row its own adapter of the highest rank."""
-        tiles = bucket.tokens // cut.tile
-        blocks = (bucket.rows + tiles) * -(-self.max_rank // self.rank_block)
-        return tiles + -(-blocks // cut.blocks)
-
-    def tiles(self, bucket: Bucket) -> int:
-        """Most prefill tiles of a step."""
-        return bucket.rows + bucket.tokens // self.query_tile
+    def attention_items(self, bucket: Bucket) -> int:
+        """Most attention items of a step: every row in parts, or in whole tiles and one more."""
+        tiles = bucket.tokens // self.attention.query_tile if bucket.prefill else 0
+        return bucket.rows * max(1, self.attention.parts) + tiles
 
 
 def int_fields(bucket: Bucket, geometry: Geometry) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what lies in the int32 array of a step, in order."""
-    T, B, M, U = bucket.tokens, bucket.rows, bucket.pages, geometry.tiles(bucket)
+    T, B, M, items = bucket.tokens, bucket.rows, bucket.pages, geometry.attention_items(bucket)
     return {
         "token": (T,), "fed_slot": (T,), "position": (T,), "write_page": (T,),
         "write_offset": (T,), "start": (B,), "length": (B,), "context": (B,), "last": (B,),
-        "block_table": (B, M), "tile_row": (U,), "tile_start": (U,), "tile_length": (U,),
-        "tiles": (1,),
+        "parts": (B,), "block_table": (B, M), "items": (items, 6), "item_count": (1,),
     }  # fmt: skip
 
 
@@ -136,16 +121,6 @@ class Placement:
         """Whether the pages follow each other in the pool."""
         return all(b - a == 1 for a, b in pairwise(self.pages))
 
-    def cut(self, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Blocks of every layer and module, [L, 7, n]: first piece of A and of B, ranks."""
-        rows = np.asarray(geometry.row_lengths, np.int64)
-        widths = np.gcd(rows, geometry.page_numbers)
-        first = np.arange(0, int(self.rank.max()), geometry.rank_block)
-        a = (self.a_offset[..., None] + first * rows[:, :1]) // widths[:, :1]
-        b = (self.b_offset[..., None] + first * rows[:, 1:]) // widths[:, 1:]
-        ranks = np.clip(self.rank[..., None] - first, 0, geometry.rank_block)
-        return a, b, ranks
-
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
@@ -189,7 +164,8 @@ def pack_step(rows: Seq[RowPlan], bucket: Bucket, geometry: Geometry) -> np.ndar
     at = views(packed, fields)
     at["fed_slot"][:] = geometry.slots
     at["write_page"][:] = geometry.drop_page
-    t = tiles = 0
+    t = 0
+    items: list[tuple[int, ...]] = []
     for b, row in enumerate(rows):
         n, known = row.length, len(row.tokens)
         at["token"][t : t + known] = row.tokens
@@ -203,18 +179,36 @@ def pack_step(rows: Seq[RowPlan], bucket: Bucket, geometry: Geometry) -> np.ndar
         at["block_table"][b, : len(table)] = table
         at["start"][b], at["length"][b], at["last"][b] = t, n, t + n - 1
         at["context"][b] = row.position + n
-        if n > 1:
-            for first in range(0, n, geometry.query_tile):
-                at["tile_row"][tiles] = b
-                at["tile_start"][tiles] = t + first
-                at["tile_length"][tiles] = min(geometry.query_tile, n - first)
-                tiles += 1
+        found = _attention_items(b, t, row, geometry)
+        at["parts"][b] = len(found) if n == 1 else 0
+        items += found
         t += n
-    at["tiles"][0] = tiles
+    at["item_count"][0] = len(items)
+    if items:
+        at["items"][: len(items)] = items
     assert t <= bucket.tokens and len(rows) <= bucket.rows, (
         f"{t} tokens, {len(rows)} rows: {bucket}"
     )
     return packed
+
+
+def _attention_items(b: int, start: int, row: RowPlan, geometry: Geometry) -> list[tuple[int, ...]]:
+    """Items of one row, fields as in `pallas_kernels.paged_attention.rows.Item`."""
+    cut, n, context = geometry.attention, row.length, row.position + row.length
+    if n > 1:
+        return [
+            (b, start + at, min(cut.query_tile, n - at), 0,
+             row.position + min(at + cut.query_tile, n), 0)
+            for at in range(0, n, cut.query_tile)
+        ]  # fmt: skip
+    if not cut.parts:
+        return []
+    parts = min(cut.parts, -(-context // cut.span))
+    length = -(-context // parts // geometry.page_size) * geometry.page_size
+    return [
+        (b, start, 1, first, min(first + length, context), part)
+        for part, first in enumerate(range(0, context, length))
+    ]
 
 
 def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -243,16 +237,6 @@ def _words(seeds: list[int]) -> np.ndarray:
     return np.array(seeds, np.uint64).view(np.int32).reshape(-1, 2)
 
 
-class LoraArrays(NamedTuple):
-    """The work lists of one composition of rows and adapters (see `pallas_kernels.lora.Work`)."""
-
-    blocks: np.ndarray  # int32 [L, 7, I * blocks, 7]
-    scale: np.ndarray  # float32 [L, 7, I * blocks]
-    items: np.ndarray  # int32 [L, 7]
-    split: np.ndarray  # int32 []
-    page_list: np.ndarray  # int32 [P]
-
-
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive tokens [start, end) of a step that share an adapter."""
@@ -277,67 +261,13 @@ def segments(rows: Seq[RowPlan]) -> list[Segment]:
     return found
 
 
-def pack_lora(
-    parts: Seq[Segment], bucket: Bucket, geometry: Geometry, cut: WorkShape
-) -> LoraArrays:
-    """Cut the segments into tiles and items, for every layer and module at once."""
-    L, M, capacity = geometry.layers, len(MODULES), geometry.items(bucket, cut) * cut.blocks
-    # Zeroed memory that is never touched is never paid for: the capacity is the worst case.
-    blocks = np.zeros((L, M, capacity, 7), np.int32)
-    scale = np.zeros((L, M, capacity), np.float32)
-    count = np.zeros((L, M), np.int32)
-    page_list = np.zeros(geometry.pages, np.int32)
-    listed: dict[str, int] = {}  # digest → where its pages begin in the list
-    filled = 0
-    split = not all(part.placement.is_run for part in parts)
+def list_pages(parts: Seq[Segment], geometry: Geometry) -> tuple[np.ndarray, dict[str, int]]:
+    """Pages of all adapters of a step, int32 [P], and where those of each digest begin."""
+    pages, first, filled = np.zeros(geometry.pages, np.int32), {}, 0
     for part in parts:
-        pages = part.placement.pages
-        if part.placement.digest not in listed:
-            page_list[filled : filled + len(pages)] = pages
-            listed[part.placement.digest] = filled
-            filled += len(pages)
-    for tile in range(0, bucket.tokens, cut.tile):
-        inside = [part for part in parts if part.start < tile + cut.tile and part.end > tile]
-        if inside:
-            found = [_blocks(part, tile, listed[part.placement.digest], split, geometry)
-                     for part in inside]  # fmt: skip
-            _append_tile(blocks, scale, count, found, cut.blocks)
-    return LoraArrays(blocks, scale, count, np.asarray(split, np.int32), page_list)
-
-
-def _blocks(
-    part: Segment, tile: int, listed: int, split: bool, geometry: Geometry
-) -> tuple[np.ndarray, np.ndarray]:
-    """All blocks of a segment's adapter, int32 [L, 7, n, 7] and scales [L, 7, n]; ranks 0 pads."""
-    placement = part.placement
-    a, b, ranks = placement.cut(geometry)
-    rows = np.asarray(geometry.row_lengths, np.int64)
-    per_page = geometry.page_numbers // np.gcd(rows, geometry.page_numbers)  # [7, 2]
-    first = 0 if split else placement.pages[0]
-    found = np.empty((*ranks.shape, 7), np.int32)
-    found[..., 0] = a + first * per_page[:, 0, None]
-    found[..., 1] = b + first * per_page[:, 1, None]
-    found[..., 2], found[..., 3] = part.start, part.end
-    found[..., 4], found[..., 5], found[..., 6] = ranks, listed, tile
-    return found, np.broadcast_to(placement.scale[..., None], ranks.shape)
-
-
-def _append_tile(
-    blocks: np.ndarray, scale: np.ndarray, count: np.ndarray,
-    found: list[tuple[np.ndarray, np.ndarray]], per_item: int,
-) -> None:  # fmt: skip
-    """Put one tile's blocks behind the others of each layer and module, whole items at a time."""
-    new = np.concatenate([block for block, _ in found], axis=2)
-    scales = np.concatenate([scale for _, scale in found], axis=2)
-    real = new[..., 4] > 0
-    order = np.argsort(~real, axis=2, kind="stable")  # the real ones first
-    new = np.take_along_axis(new, order[..., None], axis=2)
-    scales = np.take_along_axis(scales, order, axis=2)
-    counts = real.sum(axis=2)
-    room = min(-(-int(counts.max()) // per_item) * per_item, new.shape[2])
-    ls, ms, at = np.nonzero(np.arange(room) < -(-counts // per_item)[..., None] * per_item)
-    to = count[ls, ms] * per_item + at
-    assert to.max(initial=0) < blocks.shape[2], f"{to.max()} LoRA blocks, room {blocks.shape[2]}"
-    blocks[ls, ms, to] = new[ls, ms, at]
-    scale[ls, ms, to] = scales[ls, ms, at]
-    count += -(-counts // per_item).astype(np.int32)
+        placement = part.placement
+        if placement.digest not in first:
+            pages[filled : filled + len(placement.pages)] = placement.pages
+            first[placement.digest] = filled
+            filled += len(placement.pages)
+    return pages, first

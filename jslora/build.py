@@ -19,15 +19,18 @@ from jslora.adapters.peft import Limits as AdapterLimits
 from jslora.adapters.store import AdapterStore
 from jslora.config import EngineConfig
 from jslora.core import Emit, EngineCore
-from jslora.errors import JsloraError
+from jslora.errors import ConfigError, JsloraError
 from jslora.fetch import load_config, resolve
 from jslora.memory.budget import MemoryPlan, host_memory_available, plan_memory
 from jslora.model.config import ModelConfig, from_hf
 from jslora.model.weights import dummy_weights, load_weights
+from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
 from jslora.progress import Progress
 from jslora.request import EngineInfo
-from jslora.runner import Runner, RunnerConfig, page_numbers
+from jslora.runner import Runner
 from jslora.schedule.plan import Limits
+from pallas_kernels import launch
+from pallas_kernels.launch import Kernels
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +76,9 @@ def build_core(
     model = read_model_config(config, folder)
     plan = memory_plan(config, model)
     dtype = jnp.dtype(config.model.dtype)
+    kernels = _kernels(config, model)
     weights = _weights(config, model, folder, dtype, progress)
-    sizes = RunnerConfig(
+    sizes = Sizes(
         pages=plan.pages,
         page_size=plan.page_size,
         max_running=config.scheduler.max_running,
@@ -83,7 +87,7 @@ def build_core(
         max_rank=config.adapters.max_rank,
         dtype=dtype,
     )
-    runner = Runner(model, weights, sizes, progress)
+    runner = Runner(Catalog(model, sizes, kernels), weights, progress)
     numbers = page_numbers(model, plan.page_size)
     store = AdapterStore(
         config.adapters.roots,
@@ -130,6 +134,17 @@ def build_core(
         adapters=tuple(core.adapters.registered().values()),
     )
     return core, info
+
+
+def _kernels(config: EngineConfig, model: ModelConfig) -> Kernels:
+    try:
+        kernels = choose_kernels(model, config.pool.page_size, config.kernels, launch.platform())
+    except NotImplementedError as error:
+        raise ConfigError(f"kernels: {config.kernels} cannot be had: {error}") from None
+    log.info(
+        "kernels on %s: lora %s, attention %s", kernels.platform, kernels.lora, kernels.attention
+    )
+    return kernels
 
 
 def _weights(

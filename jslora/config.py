@@ -148,7 +148,7 @@ class EngineConfig(_Section):
     pool: PoolSection = PoolSection()
     adapters: AdaptersSection = AdaptersSection()
     scheduler: SchedulerSection = SchedulerSection()
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "triton", "pallas", "reference"] = "auto"
     mesh: MeshSection = MeshSection()
     server: ServerSection = ServerSection()
     auth: AuthSection = AuthSection()

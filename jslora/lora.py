@@ -8,7 +8,9 @@ ranks may differ between them; a module that no adapter of the step targets has 
 from jaxtyping import Array, Float, Int32
 
 from jslora.model.config import GROUPS, MODULES, ModelConfig
-from pallas_kernels.lora import Shape, Work, add_lora
+from pallas_kernels.launch import Kernels
+from pallas_kernels.lora.api import Shape, Work, add_lora
+from pallas_kernels.lora.finish import Finish
 
 
 def apply_lora(
@@ -18,19 +20,18 @@ def apply_lora(
     group: int,
     config: ModelConfig,
     shape: Shape,
+    kernels: Kernels,
     pages: Float[Array, "pages S 2 K D"],
     first_page: Int32[Array, ""],
     layer: Int32[Array, ""],
     work: Work,
+    finish: Finish = Finish.SUM,
+    stream: Float[Array, "T H"] | None = None,
 ) -> Float[Array, "T out"]:
-    """Add the deltas of a group of modules that read the same input to their fused base output."""
-    widths = [config.widths(module)[1] for module in GROUPS[group]]
-    for width in dict.fromkeys(widths):
-        same = [i for i, other in enumerate(widths) if other == width]
-        y = add_lora(
-            y, x, pages, first_page, work, layer,
-            modules=tuple(MODULES.index(GROUPS[group][i]) for i in same),
-            columns=tuple(sum(widths[:i]) for i in same),
-            width=width, shape=shape,
-        )  # fmt: skip
-    return y
+    """Add the deltas of a group of modules to their fused base output, and finish the sums."""
+    return add_lora(
+        y, x, pages, first_page, layer, work,
+        modules=tuple(MODULES.index(module) for module in GROUPS[group]),
+        widths=tuple(config.widths(module)[1] for module in GROUPS[group]),
+        shape=shape, kernels=kernels, finish=finish, stream=stream,
+    )  # fmt: skip

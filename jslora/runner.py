@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,62 +22,24 @@ import numpy as np
 
 from jslora import sampling
 from jslora.batch import (
-    SAMPLERS,
     Bucket,
-    Geometry,
     Segment,
-    int_fields,
-    pack_lora,
     pack_sampling,
     pack_step,
-    sample_fields,
     segments,
-    size,
 )
-from jslora.buckets import choose, make_buckets
-from jslora.model.config import MODULES, ModelConfig
+from jslora.blocks import pack_blocks
+from jslora.buckets import choose
+from jslora.programs import SCORE_ROWS, Catalog
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, TokenLogprob
 from jslora.schedule.plan import Plan, Results
 from jslora.schedule.sequence import Sequence
-from jslora.step import Programs, sample, score, write_pages
-from pallas_kernels.launch import one_program
-from pallas_kernels.lora import RANK_BLOCK, Work, slack_pages, work_shape
-from pallas_kernels.paged_attention import CHUNK_PAGES, QUERY_TILE
-
-Job = tuple[str, Callable, tuple[int, ...], tuple]
-"""What to compile: name, function, donated arguments, abstract arguments."""
-
-SCORE_ROWS = 32
-"""Prompt positions scored by one call of the scoring program."""
-
-UPLOAD_BYTES = 2 * 2**20
-"""About how much one upload moves: small enough that a write never holds up a step."""
+from jslora.spans import pack_spans
+from pallas_kernels.lora.api import Work
+from pallas_kernels.lora.reference import BlockShape, BlockWork
+from pallas_kernels.lora.segments import SegmentWork
 
 COMPILE_THREADS = 2
-
-
-@dataclass(frozen=True)
-class RunnerConfig:
-    """Sizes the programs are compiled for."""
-
-    pages: int
-    page_size: int
-    max_running: int
-    max_step_tokens: int
-    max_model_len: int
-    max_rank: int
-    dtype: jnp.dtype
-
-
-def page_numbers(config: ModelConfig, page_size: int) -> int:
-    """Numbers in one page of one layer: S tokens of K keys and K values."""
-    return page_size * 2 * config.kv_heads * config.head_dim
-
-
-def slack(config: ModelConfig, page_size: int) -> int:
-    """Pages behind the last layer that are only ever read past (see `slack_pages`)."""
-    longest = max(max(config.widths(module)) for module in MODULES)
-    return slack_pages(longest, page_numbers(config, page_size))
 
 
 class Runner:
@@ -86,34 +47,15 @@ class Runner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        catalog: Catalog,
         weights: dict[str, jax.Array],
-        sizes: RunnerConfig,
         progress: Callable[[str, int, int, str], None],
     ) -> None:
-        self.config, self.sizes = config, sizes
-        numbers, behind = page_numbers(config, sizes.page_size), slack(config, sizes.page_size)
-        self._pool_rows = config.layers * sizes.pages + behind
-        self.geometry = Geometry(
-            layers=config.layers,
-            pages=sizes.pages,
-            page_size=sizes.page_size,
-            page_numbers=numbers,
-            slots=sizes.max_running,
-            drop_page=self._pool_rows,
-            query_tile=QUERY_TILE,
-            rank_block=RANK_BLOCK,
-            max_rank=sizes.max_rank,
-            row_lengths=tuple(config.widths(module) for module in MODULES),
-        )
-        width = -(-sizes.max_model_len // sizes.page_size)
-        width = -(-width // CHUNK_PAGES) * CHUNK_PAGES
-        self.buckets = make_buckets(sizes.max_running, sizes.max_step_tokens, width)
-        self.upload_rows = max(1, UPLOAD_BYTES // (numbers * sizes.dtype.itemsize))
-        self._programs = Programs(config, sizes.dtype, self.geometry)
-        self._weights = self._programs.weights(weights)
-        self._layers = [np.int32(layer) for layer in range(config.layers)]
-        self._head = weights["embed" if config.tie_embeddings else "head"]
+        self.catalog, self.geometry, self.sizes = catalog, catalog.geometry, catalog.sizes
+        self.upload_rows = catalog.upload_rows
+        self._weights = catalog.programs.weights(weights)
+        self._layers = [np.int32(layer) for layer in range(catalog.config.layers)]
+        self._head = weights[catalog.head]
         self._executables: dict[Hashable, Any] = {}
         self._uploads = ThreadPoolExecutor(1, "upload")
         self._lora: tuple[Hashable, Work, list[Segment]] | None = None
@@ -132,21 +74,21 @@ class Runner:
         self._make_state()
 
     def _make_state(self) -> None:
-        page = (self.sizes.page_size, 2, self.config.kv_heads, self.config.head_dim)
-        self.pages = jnp.zeros((self._pool_rows, *page), self.sizes.dtype)
-        self.slots = sampling.new_slots(self.sizes.max_running, self.config.vocab_size)
+        pool = self.catalog.pool()
+        self.pages = jnp.zeros(pool.shape, pool.dtype)
+        self.slots = sampling.new_slots(self.sizes.max_running, self.catalog.config.vocab_size)
 
     # Compiling -----------------------------------------------------------------------------------
 
     def _compile(self, progress: Callable[[str, int, int, str], None]) -> None:
         """Lower every program from abstract values, one after the other, and compile in threads."""
         started, lock = time.monotonic(), threading.Lock()
-        jobs = self._jobs()
+        jobs = self.catalog.jobs()
         done = 0
 
         def finish(key: Hashable, lowered: Any, name: str) -> None:
             nonlocal done
-            executable = lowered.compile()
+            executable = lowered.compile(compiler_options=self.catalog.kernels.compiler_options)
             with lock:
                 self._executables[key] = executable
                 done += 1
@@ -162,65 +104,12 @@ class Runner:
                 job.result()
         self.compile_seconds = time.monotonic() - started
 
-    def _jobs(self) -> dict[Hashable, Job]:
-        """Every program by its key."""
-        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-        c, dtype = self.config, self.sizes.dtype
-        pages, slots, head = abstract((self.pages, self.slots, self._head))
-        acts = lambda n: jax.ShapeDtypeStruct((n, c.hidden), dtype)  # noqa: E731
-        jobs: dict[Hashable, Job] = {}
-        for bucket in self.buckets:
-            jobs |= self._step_jobs(bucket, pages, slots.last_token)
-        for n in {bucket.rows for bucket in self.buckets}:
-            rows = (ints((size(sample_fields(n)),)), floats((6, n)))
-            for sampler in SAMPLERS:
-                arguments = (acts(n), head, slots, *rows)
-                jobs["sample", n, sampler] = (
-                    f"sample {n} {sampler}", partial(sample, sampler), (2,), arguments,
-                )  # fmt: skip
-        for n in {bucket.tokens for bucket in self.buckets}:
-            positions = (ints((SCORE_ROWS,)), ints((SCORE_ROWS,)))
-            jobs["score", n] = (f"score {n}", score, (), (acts(n), head, *positions))
-        chunk = jax.ShapeDtypeStruct((self.upload_rows, self.geometry.page_numbers), dtype)
-        jobs["write"] = ("write", write_pages, (0,), (pages, ints((self.upload_rows,)), chunk))
-        bias = (ints((MAX_LOGIT_BIAS,)), floats((MAX_LOGIT_BIAS,)), ints((2 * MAX_STOP_IDS,)))
-        new = (ints(()), ints((self.sizes.max_model_len,)), ints(()), ints(()), *bias)
-        jobs["admit"] = ("admit", sampling.admit, (0,), (slots, *new))
-        return jobs
-
-    def _step_jobs(self, bucket: Bucket, pages: Any, last_token: Any) -> dict[Hashable, Job]:
-        """A step in one program, or in three where `launch.one_program` says it does not pay."""
-        p, name = self._programs, f"{bucket.tokens}x{bucket.rows}"
-        packed = jax.ShapeDtypeStruct((size(int_fields(bucket, self.geometry)),), jnp.int32)
-        weights, work = abstract(self._weights), self._abstract_work(bucket)
-        if one_program():
-            arguments = (weights, pages, last_token, packed, work)
-            return {bucket: (f"step {name}", partial(p.step, bucket), (1,), arguments)}
-        begin = partial(p.begin, bucket)
-        x, inputs = jax.eval_shape(begin, weights.embed, last_token, packed)
-        index = jax.ShapeDtypeStruct((), jnp.int32)
-        layer = (weights.layers[0], x, pages, index, inputs, work)
-        return {
-            ("begin", bucket): (f"begin {name}", begin, (), (weights.embed, last_token, packed)),
-            ("layer", bucket): (f"layer {name}", partial(p.layer, bucket), (2,), layer),
-            ("finish", bucket): (f"finish {name}", p.finish, (), (weights.norm, x, inputs)),
-        }
-
-    def _abstract_work(self, bucket: Bucket) -> Work:
-        g, cut = self.geometry, work_shape(bucket.tokens, prefill=bucket.prefill)
-        n = g.items(bucket, cut) * cut.blocks
-        ints = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        lists = (g.layers, len(MODULES), n)
-        blocks: list[Any] = [ints((*lists, 7)), jax.ShapeDtypeStruct(lists, jnp.float32)]
-        return Work(*blocks, *map(ints, (lists[:2], (), (g.pages,))))
-
     # Steps ---------------------------------------------------------------------------------------
 
     def execute(self, plan: Plan) -> "Step":
         """Dispatch a step and its sampling; the results are on their way when it returns."""
         rows = plan.rows
-        bucket = choose(self.buckets, [row.length for row in rows])
+        bucket = choose(self.catalog.buckets, [row.length for row in rows])
         packed = pack_step(rows, bucket, self.geometry)
         sampling_rows = pack_sampling(rows, bucket.rows, self.sizes.max_running)
         for sequence in plan.admitted:
@@ -249,13 +138,21 @@ class Runner:
         parts = segments(plan.rows)
         key = (bucket, tuple((id(part.placement), part.start, part.end) for part in parts))
         if self._lora is None or self._lora[0] != key:
-            cut = work_shape(bucket.tokens, prefill=bucket.prefill)
-            work = Work(*jax.device_put(tuple(pack_lora(parts, bucket, self.geometry, cut))))
+            work = self._pack_lora(parts, bucket)
             self._lora = (key, work, parts)  # the parts keep the key's ids alive
         return self._lora[1]
 
+    def _pack_lora(self, parts: list[Segment], bucket: Bucket) -> Work:
+        """The work lists, in the form that the chosen kernel walks."""
+        shape = self.catalog.programs.lora_shape(bucket)
+        if isinstance(shape, BlockShape):
+            blocks = pack_blocks(parts, bucket, self.geometry, shape)
+            return BlockWork(*jax.device_put(tuple(blocks)))
+        spans = pack_spans(parts, bucket, self.geometry, shape)
+        return SegmentWork(*jax.device_put(tuple(spans)))
+
     def _admit(self, sequence: Sequence) -> None:
-        params, vocab = sequence.request.params, self.config.vocab_size
+        params, vocab = sequence.request.params, self.catalog.config.vocab_size
         assert sequence.slot is not None, f"request {sequence.request.id} has no slot"
         tokens = np.zeros(self.sizes.max_model_len, np.int32)
         tokens[: len(sequence.tokens)] = sequence.tokens
@@ -264,7 +161,7 @@ class Runner:
         for i, (token, bias) in enumerate(params.logit_bias):
             ids[i], values[i] = token, bias
         stops = np.full(2 * MAX_STOP_IDS, vocab, np.int32)
-        ends = () if params.ignore_eos else self.config.eos_token_ids[:MAX_STOP_IDS]
+        ends = () if params.ignore_eos else self.catalog.config.eos_token_ids[:MAX_STOP_IDS]
         held = (*ends, *params.stop_token_ids)
         stops[: len(held)] = held
         self.slots = self._executables["admit"](
@@ -337,8 +234,3 @@ class Step:
 def _logprob(token: Any, rank: Any, ids: np.ndarray, values: np.ndarray) -> TokenLogprob:
     top = tuple((int(i), float(v)) for i, v in zip(ids, values[1:], strict=True) if v > -np.inf)
     return TokenLogprob(token=int(token), logprob=float(values[0]), rank=int(rank), top=top)
-
-
-def abstract(tree: Any) -> Any:
-    """Shapes and dtypes of a tree of arrays."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)

@@ -20,10 +20,12 @@ from jaxtyping import Array, Float, Int32
 
 from jslora import batch, sampling
 from jslora.batch import Bucket, Geometry
+from jslora.buckets import SMALLEST
 from jslora.model.config import ModelConfig
-from jslora.model.transformer import Block, StepInput, rms_norm, rope_tables
-from pallas_kernels.lora import Work
-from pallas_kernels.paged_attention import Rows
+from jslora.model.transformer import Block, Layout, StepInput, rms_norm, rope_tables
+from pallas_kernels.launch import Kernels
+from pallas_kernels.lora.api import Shape, Work, work_shape
+from pallas_kernels.paged_attention.rows import Rows
 
 
 class Weights(NamedTuple):
@@ -36,20 +38,35 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Programs:
-    """The functions to compile for one model and pool."""
+    """The functions to compile for one model and pool.
+
+    With an `axis` they are one device's part of a program over a mesh, and `config` and `geometry`
+    are one device's too.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
     geometry: Geometry
+    kernels: Kernels
+    axis: str | None = None
 
     @cached_property
     def leaf_names(self) -> list[str]:
         """Names of one layer's weights in the order the programs take them."""
-        return list(self._block(prefill=False)[1])
+        return list(self._block(Bucket(SMALLEST, SMALLEST, 1))[1])
 
-    def _block(self, *, prefill: bool) -> tuple[nnx.GraphDef, dict[str, tuple]]:
+    def lora_shape(self, bucket: Bucket) -> Shape:
+        """How the LoRA work of a bucket is cut."""
+        rank = self.geometry.max_rank
+        return work_shape(bucket.tokens, rank, self.kernels, prefill=bucket.prefill)
+
+    def _block(self, bucket: Bucket) -> tuple[nnx.GraphDef, dict[str, tuple]]:
         """A block's structure, and the state path of each weight by its name."""
-        block = nnx.eval_shape(lambda: Block(self.config, self.dtype, prefill=prefill))
+        layout = Layout(
+            self.geometry.pages, bucket.prefill, self.lora_shape(bucket), self.geometry.attention,
+            self.kernels, self.axis,
+        )  # fmt: skip
+        block = nnx.eval_shape(lambda: Block(self.config, self.dtype, layout))
         graph, state = nnx.split(block)
         return graph, {str(path[0]): path for path, _ in nnx.to_flat_state(state)}
 
@@ -92,7 +109,7 @@ class Programs:
         tokens = jnp.where(at["fed_slot"] < self.geometry.slots, fed, at["token"])
         rows = Rows(
             at["block_table"], at["context"], at["start"], at["length"],
-            at["tile_row"], at["tile_start"], at["tile_length"], at["tiles"][0],
+            at["parts"], at["items"], at["item_count"],
         )  # fmt: skip
         cos, sin = rope_tables(self.config, at["position"])
         inputs = StepInput(cos, sin, at["write_page"], at["write_offset"], rows, at["last"])
@@ -109,10 +126,10 @@ class Programs:
         work: Work,
     ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
         """One layer, whichever `index` says."""
-        graph, paths = self._block(prefill=bucket.prefill)
+        graph, paths = self._block(bucket)
         flat = [(path, nnx.Param(leaf)) for path, leaf in zip(paths.values(), leaves, strict=True)]
         block = nnx.merge(graph, nnx.from_flat_state(flat))
-        return block(x, pages, index, inputs, work, self.geometry.pages)
+        return block(x, pages, index, inputs, work)
 
     def finish(
         self, norm: Float[Array, " H"], x: Float[Array, "T H"], inputs: StepInput

@@ -40,6 +40,7 @@ from jslora.errors import (
     UnknownModel,
 )
 from jslora.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
+from pallas_kernels.launch import Kernels
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -100,8 +101,8 @@ def test_the_pool_is_aliased_by_every_program_that_takes_it(
 
     Adapters come to this one in many chunks.
     """
-    monkeypatch.setattr("jslora.runner.one_program", lambda: whole_step)
-    monkeypatch.setattr("jslora.runner.UPLOAD_BYTES", 3 * 2048 * 4)
+    monkeypatch.setattr(Kernels, "one_program", property(lambda self: whole_step))
+    monkeypatch.setattr("jslora.programs.UPLOAD_BYTES", 3 * 2048 * 4)
     with small_engine(
         tmp, LLAMA3 / "model", pool={"pages": 4096}, adapters={"preload": "all"},
         scheduler={"max_step_tokens": 16},
@@ -109,7 +110,7 @@ def test_the_pool_is_aliased_by_every_program_that_takes_it(
         runner = big.core.runner
         assert runner.upload_rows == 3
         pool, takers = runner.pages, set()
-        for key, (name, _, donated, arguments) in runner._jobs().items():
+        for key, (name, _, donated, arguments) in runner.catalog.jobs().items():
             memory = runner._executables[key].memory_analysis()
             given = jax.tree.leaves([arguments[i] for i in donated])
             assert memory.alias_size_in_bytes >= sum(

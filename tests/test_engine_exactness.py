@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from jslora.engine import Completion, Engine
 from jslora.request import SamplingParams
+from pallas_kernels.launch import Kernels
 
 MODEL = ROOT / "llama3" / "model"
 PRELOADED = {"roots": [str(ROOT / "llama3" / "adapters")], "preload": "all"}
@@ -94,6 +95,17 @@ def test_batched_is_as_alone(engine: Engine, alone: list[Completion]) -> None:
 
 def test_without_lookahead_is_the_same(tmp: Path, alone: list[Completion]) -> None:
     with small_engine(tmp, MODEL, adapters=PRELOADED, scheduler={"lookahead": False}) as engine:
+        _assert_same(answers(engine, ASKS), alone)
+        assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("pool", [{}, {"pages": 40}])
+def test_the_kernels_for_gpus_are_the_same(
+    tmp: Path, alone: list[Completion], pool: dict[str, int]
+) -> None:
+    """Interpreted inside the step, with and without preemption."""
+    with small_engine(tmp, MODEL, adapters=PRELOADED, kernels="pallas", pool=pool) as engine:
+        assert engine.core.runner.catalog.kernels == Kernels("pallas", "pallas", "cpu")
         _assert_same(answers(engine, ASKS), alone)
         assert_nothing_leaked(engine)
 

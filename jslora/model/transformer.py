@@ -8,10 +8,10 @@ Invariant: every read of the pool that precedes a layer's write of keys and valu
 (q, k and v are one array until then), or XLA:CPU copies the whole pool.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,8 +20,12 @@ from jaxtyping import Array, Float, Int32
 
 from jslora.lora import apply_lora
 from jslora.model.config import ModelConfig
-from pallas_kernels.lora import Work, work_shape
-from pallas_kernels.paged_attention import Rows, paged_attention
+from pallas_kernels.launch import Kernels
+from pallas_kernels.lora.api import Shape, Work
+from pallas_kernels.lora.finish import Finish
+from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.cut import Cut
+from pallas_kernels.paged_attention.rows import Rows
 
 
 class StepInput(NamedTuple):
@@ -35,13 +39,32 @@ class StepInput(NamedTuple):
     last: Int32[Array, " B"]  # each row's last token
 
 
+class Layout(NamedTuple):
+    """What is fixed when a block is traced.
+
+    Attributes:
+        pages_per_layer: P.
+        prefill: whether rows may have several tokens.
+        lora, attention: how the host cut the step's work.
+        axis: the mesh axis over which heads and the feed-forward are split, when they are; the
+            block's config and weights are then one device's.
+    """
+
+    pages_per_layer: int
+    prefill: bool
+    lora: Shape
+    attention: Cut
+    kernels: Kernels
+    axis: str | None = None
+
+
 class Block(nnx.Module):
     """One layer: attention and a gated feed-forward, each behind a norm and added to the stream."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, prefill: bool) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, layout: Layout) -> None:
         H, F, D = config.hidden, config.feed_forward, config.head_dim
         qkv = (config.heads + 2 * config.kv_heads) * D
-        self.config, self.prefill = config, prefill
+        self.config, self.layout = config, layout
         self.attn_norm = nnx.Param(jnp.ones((H,), dtype))
         self.qkv = nnx.Param(jnp.zeros((H, qkv), dtype))
         if config.qkv_bias:
@@ -61,30 +84,41 @@ class Block(nnx.Module):
         layer: Int32[Array, ""],
         step: StepInput,
         work: Work,
-        pages_per_layer: int,
     ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
         """Activations after this layer, and the pool with its keys and values written."""
-        first_page = layer * pages_per_layer
+        layout = self.layout
+        first_page = layer * layout.pages_per_layer
         lora = partial(
-            apply_lora, config=self.config, pages=pages, first_page=first_page, layer=layer,
-            work=work, shape=work_shape(x.shape[0], prefill=self.prefill),
+            apply_lora, config=self.config, first_page=first_page, layer=layer, work=work,
+            shape=layout.lora, kernels=layout.kernels,
         )  # fmt: skip
         h = rms_norm(x, self.attn_norm[...], self.config.norm_eps)
-        q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, group=0), step)
+        q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, pages=pages, group=0), step)
         pages = pages.at[first_page + step.write_page, step.write_offset].set(
             jnp.stack([k, v], axis=1), mode="drop"
         )
         lora = partial(lora, pages=pages)
-        attended = paged_attention(
-            q, pages, first_page, step.rows,
-            scale=self.config.head_dim**-0.5, prefill=self.prefill,
-        )  # fmt: skip
-        h = attended.reshape(x.shape[0], -1).astype(x.dtype)
-        x = x + lora(_linear(h, self.o[...]), h, group=1).astype(x.dtype)
+        h = paged_attention(
+            q, pages, first_page, step.rows, scale=self.config.head_dim**-0.5,
+            prefill=layout.prefill, cut=layout.attention, kernels=layout.kernels,
+        ).reshape(x.shape[0], -1)  # fmt: skip
+        x = self._add(x, lora, h, self.o, group=1)
         h = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        gate, up = jnp.split(lora(_linear(h, self.gate_up[...]), h, group=2), 2, axis=-1)
-        h = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return x + lora(_linear(h, self.down[...]), h, group=3).astype(x.dtype), pages
+        h = lora(_linear(h, self.gate_up[...]), h, group=2, finish=Finish.GATED)
+        return self._add(x, lora, h, self.down, group=3), pages
+
+    def _add(
+        self, x: Float[Array, "T H"], lora: Callable, h: Float[Array, "T i"], weight: nnx.Param,
+        *, group: int,
+    ) -> Float[Array, "T H"]:  # fmt: skip
+        """The stream with a row-parallel product and its deltas added.
+
+        Where devices hold parts of the product, the deltas join the parts before these are summed.
+        """
+        y, axis = _linear(h, weight[...]), self.layout.axis
+        if axis is None:
+            return lora(y, h, group=group, finish=Finish.RESIDUAL, stream=x)
+        return x + lax.psum(lora(y, h, group=group), axis).astype(x.dtype)
 
     def _heads(
         self, qkv: Float[Array, "T qkv"], step: StepInput

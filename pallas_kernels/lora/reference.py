@@ -18,19 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-RANK_BLOCK = 8
+from pallas_kernels.lora.pieces import RANK_BLOCK, piece_width
 
 
-class Shape(NamedTuple):
+class BlockShape(NamedTuple):
     """How a step's work is cut: tokens in a tile, blocks in an item."""
 
     tile: int
     blocks: int
 
 
-def work_shape(tokens: int, *, prefill: bool) -> Shape:
+def block_shape(tokens: int, *, prefill: bool) -> BlockShape:
     """Decode batches mix many adapters in a tile; a prefill tile mostly belongs to one."""
-    return Shape(min(tokens, 32), 8 if prefill else 16)
+    return BlockShape(min(tokens, 32), 8 if prefill else 16)
 
 
 class Block(NamedTuple):
@@ -50,7 +50,7 @@ class Block(NamedTuple):
     tile: Int32[Array, " blocks"]  # first token of the item's tile, the same in all its blocks
 
 
-class Work(NamedTuple):
+class BlockWork(NamedTuple):
     """The work lists of one step, for every layer and each of its linear modules.
 
     A list holds its blocks item after item; only as many items as `items` says count.
@@ -63,28 +63,42 @@ class Work(NamedTuple):
     page_list: Int32[Array, " P"]
 
 
-def piece_width(row: int, page: int) -> int:
-    """Width of the pieces in which rows of `row` numbers lie in pages of `page` numbers."""
-    return math.gcd(row, page)
-
-
-def slack_pages(longest_row: int, page: int) -> int:
-    """Pages that must follow the last layer so that no block's slice is moved back by clamping."""
-    return -(-RANK_BLOCK * longest_row // page)
-
-
 def add_lora(
     y: Float[Array, "T out_all"],
     x: Float[Array, "T in"],
     pages: Float[Array, "pages S 2 K D"],
     first_page: Int32[Array, ""],
-    work: Work,
+    layer: Int32[Array, ""],
+    work: BlockWork,
+    *,
+    modules: tuple[int, ...],
+    widths: tuple[int, ...],
+    shape: BlockShape,
+) -> Float[Array, "T out_all"]:
+    """As `pallas_kernels.lora.api.add_lora`; modules of one width share a loop."""
+    for width in dict.fromkeys(widths):
+        same = [i for i, other in enumerate(widths) if other == width]
+        y = _add(
+            y, x, pages, first_page, work, layer,
+            modules=tuple(modules[i] for i in same),
+            columns=tuple(sum(widths[:i]) for i in same),
+            width=width, shape=shape,
+        )  # fmt: skip
+    return y
+
+
+def _add(
+    y: Float[Array, "T out_all"],
+    x: Float[Array, "T in"],
+    pages: Float[Array, "pages S 2 K D"],
+    first_page: Int32[Array, ""],
+    work: BlockWork,
     layer: Int32[Array, ""],
     *,
     modules: tuple[int, ...],
     columns: tuple[int, ...],
     width: int,
-    shape: Shape,
+    shape: BlockShape,
 ) -> Float[Array, "T out_all"]:
     """Add the deltas of modules of one width, each to its own columns of the base output.
 
@@ -151,7 +165,7 @@ def _read(
     first_page: Int32[Array, ""],
     start: Int32[Array, " blocks"],
     block: Block,
-    work: Work,
+    work: BlockWork,
     row: int,
 ) -> Float[Array, "r row"]:
     """RANK_BLOCK rows from each start on, zero where the block has fewer ranks.

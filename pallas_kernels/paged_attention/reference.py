@@ -10,33 +10,16 @@ Invariant: a key or value beyond a row's context is never multiplied, only selec
 in a page that a row does not own cannot reach it (0 * NaN is NaN).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.paged_attention.rows import Item, Rows
+
 CHUNK_PAGES = 8
 QUERY_TILE = 32
 _MASKED = -1e30
-
-
-class Rows(NamedTuple):
-    """Which tokens of the step belong to which row, and where the row's context lies.
-
-    `tile_*` list the prefill tiles, at most QUERY_TILE tokens each; only the first `tiles` count.
-    A row of one token is attended by the decode loop and is in no tile.
-    """
-
-    block_table: Int32[Array, "B M"]
-    context: Int32[Array, " B"]  # tokens visible to the row's last query; 0 for a padding row
-    start: Int32[Array, " B"]  # the row's first token in the step
-    length: Int32[Array, " B"]  # its tokens in this step
-    tile_row: Int32[Array, " U"]
-    tile_start: Int32[Array, " U"]
-    tile_length: Int32[Array, " U"]
-    tiles: Int32[Array, ""]
 
 
 def paged_attention(
@@ -48,24 +31,13 @@ def paged_attention(
     scale: float,
     prefill: bool,
 ) -> Float[Array, "T N D"]:
-    """Attend every token of the step to its row's context, itself included.
-
-    Args:
-        q: queries, rotated; tokens of a row are consecutive and end at its context's end.
-        pages: the pool, with this step's keys and values already written.
-        first_page: row of the pool that is this layer's page 0.
-        scale: applied to the scores; 1/sqrt(D).
-        prefill: False when no row has more than one token.
-
-    Returns:
-        float32; rows of padding tokens are zero.
-    """
+    """As `pallas_kernels.paged_attention.api.paged_attention`; rows of padding tokens are zero."""
     T = q.shape[0]
     decode_token = jnp.where(rows.length == 1, rows.start, T)
     out = _decode(q, pages, first_page, rows, decode_token, scale)
     if prefill:
         out = _prefill(q, pages, first_page, rows, out, scale)
-    return out
+    return out.astype(q.dtype)
 
 
 def _decode(
@@ -122,12 +94,13 @@ def _prefill(
     K, span, Q = pages.shape[3], CHUNK_PAGES * pages.shape[1], min(QUERY_TILE, T)
 
     def tile(u: Int32[Array, ""], out: Float[Array, "T N D"]) -> Float[Array, "T N D"]:
-        row, length = rows.tile_row[u], rows.tile_length[u]
+        item = Item(*rows.items[u])
+        row = item.row
         # A slice that would run past the end is moved back: `shift` tokens of it are not ours.
-        start = jnp.minimum(rows.tile_start[u], T - Q)
-        shift = rows.tile_start[u] - start
+        start = jnp.minimum(item.start, T - Q)
+        shift = item.start - start
         lane = jnp.arange(Q)
-        ours = (lane >= shift) & (lane < shift + length)
+        ours = (lane >= shift) & (lane < shift + item.tokens)
         end = rows.context[row] - (rows.start[row] + rows.length[row] - start)  # position of lane 0
         visible_to = jnp.where(ours, end + lane + 1, 0)  # exclusive
         query = lax.dynamic_slice(q, (start, 0, 0), (Q, N, D)).reshape(Q, K, N // K, D)
@@ -157,7 +130,7 @@ def _prefill(
             out, jnp.where(ours[:, None, None], result, before), (start, 0, 0)
         )
 
-    return lax.fori_loop(0, rows.tiles, tile, out)
+    return lax.fori_loop(0, rows.total[0], tile, out)
 
 
 def _chunk(
@@ -186,6 +159,6 @@ def _softmax_update(
     """Weights of this chunk, what to scale the accumulator by, and the carry with max and sum."""
     acc, high, total = carry
     new_high = jnp.maximum(high, jnp.max(scores, axis=-1))
-    weights = jnp.where(scores > _MASKED, jnp.exp(scores - new_high[..., None]), 0.0)
+    weights = jnp.where(scores == _MASKED, 0.0, jnp.exp(scores - new_high[..., None]))
     scaling = jnp.exp(high - new_high)
     return weights, scaling, (acc, new_high, total * scaling + jnp.sum(weights, axis=-1))

@@ -1,0 +1,103 @@
+"""What is compiled: models, phases, implementations, devices. Host only: no jax."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jslora.config import EngineConfig
+
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "llama3-8b": dict(
+        architectures=["LlamaForCausalLM"], vocab_size=128256, hidden_size=4096,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        intermediate_size=14336, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+    ),
+    "qwen3-8b": dict(
+        architectures=["Qwen3ForCausalLM"], vocab_size=151936, hidden_size=4096,
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=12288, max_position_embeddings=40960, rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+    ),
+    "smollm2-135m": dict(
+        architectures=["LlamaForCausalLM"], vocab_size=49152, hidden_size=576,
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        rope_theta=100000.0, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+"""By name, what their `config.json` says of their shapes."""
+
+LAYERS = 4
+BASE_LAYERS = 2
+"""Layers that the larger and the smaller of a case's two programs have."""
+
+POOL_BYTES = {"llama3-8b": 50 * 10**9, "qwen3-8b": 50 * 10**9, "smollm2-135m": 6 * 10**9}
+"""On each device: what an 80 GB device has left, and for the demo what any has; past 4 GiB all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing to compile.
+
+    Attributes:
+        what: "step", compiled with two numbers of layers, or "kernels", each alone.
+        phase: "decode" (a token a row) or "mixed" (the most tokens a step may have).
+        kernels: implementation of both operations.
+        layers: of the larger program.
+        rows, tokens, positions, max_rank, page_size: limits of the server's configuration.
+    """
+
+    what: str
+    model: str
+    phase: str
+    kernels: str
+    lora: bool = True
+    devices: int = 1
+    layers: int = LAYERS
+    rows: int
+    tokens: int
+    positions: int
+    max_rank: int
+    page_size: int
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, self.phase, self.kernels]
+        parts += [f"{self.devices} devices"] * (self.devices > 1)
+        parts.append(("lora" if self.lora else "no lora") if self.what == "step" else self.what)
+        return " ".join(parts)
+
+
+def cases(llama: "EngineConfig", demo: "EngineConfig", *, all_layers: bool = False) -> list[Case]:
+    """Everything that is checked; the dense models have the limits of one configuration."""
+    found = []
+    for case in _cases():
+        config = demo if case["model"] == "smollm2-135m" else llama
+        assert config.model.max_model_len, "the configuration sets no model.max_model_len"
+        limits: dict[str, Any] = dict(
+            rows=config.scheduler.max_running, tokens=config.scheduler.max_step_tokens,
+            positions=config.model.max_model_len, max_rank=config.adapters.max_rank,
+            page_size=config.pool.page_size,
+        )  # fmt: skip
+        made = Case(**case, **limits)
+        if all_layers and made.what == "step":
+            made = replace(made, layers=MODELS[made.model]["num_hidden_layers"])
+        found.append(made)
+    return found
+
+
+def _cases() -> Iterator[dict[str, Any]]:
+    for kernels in ("pallas", "triton"):
+        for phase in ("decode", "mixed"):
+            llama = dict(model="llama3-8b", phase=phase, kernels=kernels)
+            yield llama | dict(what="kernels")
+            for lora in (False, True):
+                yield llama | dict(what="step", lora=lora)
+        for model, devices in (("llama3-8b", 4), ("qwen3-8b", 1), ("smollm2-135m", 1)):
+            for lora in (False, True):
+                yield dict(
+                    what="step", model=model, phase="decode", kernels=kernels, lora=lora,
+                    devices=devices,
+                )  # fmt: skip

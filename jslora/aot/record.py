@@ -1,0 +1,46 @@
+"""What compiling a case told: plain data, written as JSON. Host only: no jax."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Figures of one compiled program; of its larger one when it was compiled twice.
+
+    Attributes:
+        name: of the case, and of the kernel where each stands alone.
+        what: "step" or "kernel".
+        per_layer: launches a layer by "kind label", those outside layers left out.
+        outside: launches outside layers.
+        collectives: by name, in one layer, and below "outside" all others.
+        loops: names of `while` and `conditional` outside kernels.
+        pool_copies, weight_copies: what leaves an array like the pool or a weight in new memory.
+        temporaries, aliased, pool: bytes; on one device.
+        assembled: registers and spilled bytes of our kernels, and of all others that spill.
+        most_registers: of any kernel.
+        bytes_per_layer, bytes_outside: that are read and written, as far as shapes tell.
+        floor_per_layer: the fewest bytes of a layer, counted alike (`jslora.bench.floor`).
+        error: why it could not be compiled; everything else is then empty.
+    """
+
+    name: str
+    what: str
+    phase: str = ""
+    rows: int = 0
+    kernels: str = ""
+    per_layer: dict[str, float] = field(default_factory=dict)
+    outside: float = 0
+    collectives: dict[str, float] = field(default_factory=dict)
+    loops: list[str] = field(default_factory=list)
+    pool_copies: list[str] = field(default_factory=list)
+    weight_copies: list[str] = field(default_factory=list)
+    temporaries: int = 0
+    aliased: int = 0
+    pool: int = 0
+    assembled: dict[str, list[int]] = field(default_factory=dict)
+    most_registers: int = 0
+    bytes_per_layer: float = 0
+    bytes_outside: float = 0
+    floor_per_layer: float = 0
+    seconds: float = 0
+    error: str = ""

@@ -1,0 +1,77 @@
+"""Records as a table for people. Host only: no jax."""
+
+from collections.abc import Sequence
+
+from jslora.aot.record import Record
+
+HEAD = """\
+Compiled for {device} with jax {jax}; nothing was executed. The launch table is structural: products
+are as XLA makes them without autotuning, sorts without CUB; on the device counts may differ.
+Launches are those of one layer: all, then products, kernels of ours, fusions, copies, collectives.
+MB a layer is what instructions read and write as far as their shapes tell, and the floor the fewest
+they could, pages read by kernels left out of both; registers are the most of any kernel, and of
+ours by name."""
+
+_KINDS = ("product", "kernel", "fusion", "copy", "collective")
+_STEP = (
+    "step", "launches", "prod", "kern", "fus", "copy", "coll", "outside", "MB/layer", "floor",
+    "temp MB", "pool copies", "weight copies", "spills", "regs", "seconds",
+)  # fmt: skip
+_KERNEL = (
+    "kernel", "calls", "temp MB", "pool copies", "weight copies", "spills", "registers", "seconds",
+)  # fmt: skip
+
+
+def render(records: Sequence[Record], device: str, jax: str) -> str:
+    """All of them, steps and kernels apart."""
+    steps = [r for r in records if r.what == "step"]
+    kernels = [r for r in records if r.what == "kernel"]
+    parts = [HEAD.format(device=device, jax=jax)]
+    if steps:
+        parts.append(_table(_STEP, [_step(r) for r in steps]))
+    if kernels:
+        parts.append(_table(_KERNEL, [_kernel(r) for r in kernels]))
+    return "\n\n".join(parts)
+
+
+def _step(r: Record) -> list[str]:
+    if r.error:
+        return [r.name, "failed", *[""] * (len(_STEP) - 2)]
+    kinds = [sum(n for k, n in r.per_layer.items() if k.startswith(kind)) for kind in _KINDS]
+    return [
+        r.name, f"{sum(r.per_layer.values()):.4g}", *(f"{n:.4g}" for n in kinds),
+        f"{r.outside:.4g}",
+        f"{r.bytes_per_layer / 1e6:.1f}", f"{r.floor_per_layer / 1e6:.1f}",
+        f"{r.temporaries / 1e6:.1f}",
+        str(len(r.pool_copies)), str(len(r.weight_copies)), _spills(r), str(r.most_registers),
+        f"{r.seconds:.1f}",
+    ]  # fmt: skip
+
+
+def _kernel(r: Record) -> list[str]:
+    if r.error:
+        return [r.name, "failed", *[""] * (len(_KERNEL) - 2)]
+    registers = [f"{name} {count}" for name, (count, _) in sorted(r.assembled.items())]
+    return [
+        r.name, f"{sum(r.per_layer.values()):g}", f"{r.temporaries / 1e6:.1f}",
+        str(len(r.pool_copies)), str(len(r.weight_copies)), _spills(r), ", ".join(registers),
+        f"{r.seconds:.1f}",
+    ]  # fmt: skip
+
+
+def _spills(r: Record) -> str:
+    return str(sum(spills for _, spills in r.assembled.values()))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be, names to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    text = lambda name: name in ("step", "kernel", "registers")  # noqa: E731
+    lines = [
+        "  ".join(
+            cell.ljust(width) if text(name) else cell.rjust(width)
+            for cell, width, name in zip(row, widths, head, strict=True)
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,406 @@
+"""Every implementation on the device at hand against float64 on the host.
+
+The pool is NaN wherever a case put nothing, and so is every input that has no business in a result;
+it is so large that its far end is beyond 32 bits of numbers and of bytes, and cases lie at both
+ends. What is compared is each token's own error, so one wrong row among many shows. A second run
+must give the same bits.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jslora.batch import Bucket, Placement, RowPlan, Segment
+from jslora.bench import floor
+from jslora.gpu import oracle
+from jslora.gpu.cases import Plan, offsets, pack_rows, pack_work, place
+from jslora.gpu.session import Session
+from jslora.model.config import GROUPS, MODULES, ModelConfig
+from jslora.programs import Catalog
+from jslora.step import write_pages
+from pallas_kernels.launch import Kernels
+from pallas_kernels.lora import api as lora
+from pallas_kernels.paged_attention import api as attention
+
+LIMITS = {"float32": 2e-5, "bfloat16": 1e-2}
+"""Relative errors: tf32 products are near 3e-4, and must not pass for float32."""
+
+LAYERS, LAYER = 2, 1
+SCALE = 0.75
+CHUNK = 64
+"""Pages in one write into the pool."""
+
+Where = Literal["bottom", "top", "scattered"]
+Operation = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens [start, end) and the ranks of their adapter; a bad one is NaN throughout."""
+
+    start: int
+    end: int
+    ranks: tuple[int, ...]
+    where: Where = "bottom"
+    bad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoraCase:
+    name: str
+    tokens: int
+    rows: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """Rows as (tokens in this step, context with them)."""
+
+    name: str
+    tokens: int
+    batch: int
+    rows: tuple[tuple[int, int], ...]
+
+
+# Cases -------------------------------------------------------------------------------------------
+
+
+def lora_cases(plan: Plan) -> list[LoraCase]:
+    """Decode and prefill, of the kinds that a kernel may get wrong; sizes follow the plan."""
+    B, T = plan.step_rows, 4 * plan.step_rows
+    every: Callable[[int], tuple[int, ...]] = lambda rank: (rank,) * len(MODULES)  # noqa: E731
+    few = (1, 7, 8, 16, 33, 12, plan.max_rank, 3)
+    some = (5, 0, 9, 0, 0, 17, 0), (0, 4, 0, 40, 2, 0, 8), (0, 0, 0, 0, 0, 0, 16)
+    places: tuple[Where, ...] = ("bottom", "top", "scattered")
+    own = tuple(Part(b, b + 1, every(few[b % 8]), places[b % 3]) for b in range(min(B, 8)))
+    thirds = [B // 4, B // 2, B - 1]
+    return [
+        LoraCase("every row its own adapter", B, B, own),
+        LoraCase(
+            "one adapter of the highest rank", B, B, (Part(0, B, every(plan.wide_rank), "top"),)
+        ),
+        LoraCase("no adapter", B, B, ()),
+        LoraCase(
+            "targets of their own, rows between without", B, B,
+            tuple(
+                Part(end - B // 8, end, ranks, where)
+                for end, ranks, where in zip(thirds, some, places, strict=True)
+            ),
+        ),
+        LoraCase(
+            "a bad adapter", B, B,
+            (Part(0, 2, every(8)), Part(2, 4, every(16), bad=True), Part(4, B, every(5), "top")),
+        ),
+        LoraCase(
+            "prefill, segments of all lengths", T, B,
+            (
+                Part(3, T // 2 - 1, every(16), "top"), Part(T // 2 - 1, T // 2, every(64)),
+                Part(T // 2 + 1, 3 * T // 4, every(1), "scattered"),
+                Part(T - 5, T, every(33)),
+            ),
+        ),
+    ]  # fmt: skip
+
+
+def attention_cases(plan: Plan) -> list[AttentionCase]:
+    """Contexts around the ends of pages and parts, alone and beside chunks of prompts."""
+    B, S, most = plan.step_rows, plan.page_size, plan.max_model_len
+    ends = [1, S - 1, S, S + 1, 255, 256, 257, 512, most // 2 + 1, most - 1, most]
+    contexts = [context for context in ends if context <= most][-B:]
+    T = 4 * B
+    return [
+        AttentionCase("decode", B, B, tuple((1, context) for context in contexts)),
+        AttentionCase("one row", B, B, ((1, most),)),
+        AttentionCase(
+            "prefill beside decode", T, B,
+            ((1, most), (T // 2, T // 2), (2, S + 3), (1, 1), (T // 4 + 1, most // 2), (1, S)),
+        ),
+        AttentionCase("one prompt's chunk", T, B, ((T, min(most, 3 * T)),)),
+    ]  # fmt: skip
+
+
+# Running -----------------------------------------------------------------------------------------
+
+
+def run(session: Session, plan: Plan, kernels: Kernels) -> None:
+    """All cases of both operations, in the pool's dtypes."""
+    # The reference asks for no precision, and a GPU's default is tf32; the kernels must ask.
+    asked = "highest" if kernels.lora == "reference" else None
+    with jax.default_matmul_precision(asked):
+        _run(session, plan, kernels)
+
+
+def _run(session: Session, plan: Plan, kernels: Kernels) -> None:
+    for dtype in ("bfloat16", "float32"):
+        bench = Bench(replace(plan, dtype=dtype), kernels)
+        for case in session.points(lora_cases(plan)):
+            session.attempt(
+                f"lora, {case.name}, {dtype}", partial(check_lora, session, bench, case)
+            )
+        for each in session.points(attention_cases(plan)):
+            session.attempt(
+                f"attention, {each.name}, {dtype}", partial(check_attention, session, bench, each)
+            )
+
+
+class Bench:
+    """A poisoned pool, and what is needed to put pages into it."""
+
+    def __init__(self, plan: Plan, kernels: Kernels) -> None:
+        self.plan, self.kernels = plan, kernels
+        pages = plan.wide_numbers // plan.page_numbers // LAYERS
+        sizes = replace(plan.sizes(pages, plan.step_rows), max_rank=plan.wide_rank)
+        self.catalog = Catalog(replace(plan.model, layers=LAYERS), sizes, kernels)
+        self.first_page = LAYER * pages
+        self.random = np.random.default_rng(0)
+        self._write = jax.jit(write_pages, donate_argnums=0)
+        self._compiled: dict[Hashable, Callable[..., jax.Array]] = {}
+        shape = self.catalog.pool().shape
+        self.pages = jnp.full(shape, jnp.nan, self.plan.dtype)
+
+    def bucket(self, tokens: int, rows: int) -> Bucket:
+        return Bucket(tokens, rows, self.catalog.buckets[0].pages)
+
+    def adding(self, operation: Operation, bucket: Bucket, group: int) -> Operation:
+        """The compiled LoRA operation of a group of modules."""
+        key, widths = (operation, bucket, group), output_widths(self.catalog.config, group)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(
+                operation, modules=tuple(map(MODULES.index, GROUPS[group])), widths=widths,
+                shape=self.catalog.programs.lora_shape(bucket), kernels=self.kernels,
+            ))  # fmt: skip
+        return self._compiled[key]
+
+    def attending(self, operation: Operation, bucket: Bucket) -> Operation:
+        """The compiled attention."""
+        key = operation, bucket
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(partial(
+                operation, scale=self.catalog.config.head_dim**-0.5, prefill=bucket.prefill,
+                cut=self.catalog.geometry.attention, kernels=self.kernels,
+            ))  # fmt: skip
+        return self._compiled[key]
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.random.standard_normal(shape, np.float32).astype(self.plan.item)
+
+    def put(self, ids: np.ndarray, blob: np.ndarray) -> None:
+        """Write pages of the layer under test; ids count from its own first page."""
+        for at in range(0, len(ids), CHUNK):
+            rows = np.full(CHUNK, self.pages.shape[0], np.int32)  # beyond the pool: dropped
+            data = np.zeros((CHUNK, self.plan.page_numbers), self.plan.item)
+            n = len(ids[at : at + CHUNK])
+            rows[:n], data[:n] = self.first_page + ids[at : at + n], blob[at : at + n]
+            self.pages = self._write(self.pages, rows, data)
+
+    def poison(self, ids: np.ndarray) -> None:
+        self.put(ids, np.full((len(ids), self.plan.page_numbers), np.nan, self.plan.item))
+
+
+@dataclass(eq=False)
+class Shelf:
+    """Pages of a layer, handed out from either end, or apart and in disorder from the middle."""
+
+    pages: int
+
+    def __post_init__(self) -> None:
+        self.low, self.high, self.middle = 1, self.pages, self.pages // 2
+        self.taken: list[np.ndarray] = []
+
+    def take(self, count: int, where: Where) -> np.ndarray:
+        if where == "bottom":
+            found = np.arange(self.low, self.low + count)
+            self.low += count
+        elif where == "top":
+            self.high -= count
+            found = np.arange(self.high, self.high + count)
+        else:
+            self.middle -= 2 * count
+            found = np.arange(self.middle + 2 * count, self.middle, -2)
+        assert self.low <= self.middle and self.pages // 2 < self.high, (
+            f"{self.pages} pages are too few"
+        )
+        self.taken.append(found)
+        return found
+
+
+# LoRA --------------------------------------------------------------------------------------------
+
+
+def check_lora(
+    session: Session, bench: Bench, case: LoraCase, operation: Operation = lora.add_lora
+) -> None:
+    """Record how far an implementation is off, and what else is wrong with it."""
+    shelf = Shelf(bench.catalog.sizes.pages)
+    parts: list[Segment] = []
+    factors = []
+    for part in case.parts:
+        placement, own = lay(bench, shelf, part, f"{len(parts)}")
+        parts.append(Segment(placement, part.start, part.end))
+        factors.append(own)
+    bucket = bench.bucket(case.tokens, case.rows)
+    work = pack_work(parts, bucket, bench.catalog)
+    worst, faults = 0.0, list[str]()
+    for group in range(len(GROUPS)):
+        error, wrong = _check_group(bench, case, bucket, factors, work, group, operation)
+        worst, faults = max(worst, error), faults + wrong
+    for taken in shelf.taken:
+        bench.poison(taken)
+    _emit(session, bench, "lora", bench.kernels.lora, case.name, worst, faults)
+
+
+def output_widths(model: ModelConfig, group: int) -> tuple[int, ...]:
+    return tuple(model.widths(module)[1] for module in GROUPS[group])
+
+
+def lay(
+    bench: Bench, shelf: Shelf, part: Part, name: str
+) -> tuple[Placement, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Draw an adapter's factors for one layer and put them into the pool."""
+    plan, model = bench.plan, bench.catalog.config
+    adapter = floor.Adapter(name, part.ranks)
+    a_at, b_at, end = offsets(model, part.ranks, plan.page_numbers)
+    ids = shelf.take(-(-end // plan.page_numbers), part.where)
+    blob = np.full(len(ids) * plan.page_numbers, np.nan, plan.item)
+    factors = {}
+    for i, module in enumerate(MODULES):
+        wide, out = model.widths(module)
+        rank = part.ranks[i]
+        if rank and not part.bad:
+            a = bench.normal(rank, wide) / plan.item.type(wide**0.5)
+            b = bench.normal(rank, out) / plan.item.type(rank**0.5)
+            blob[a_at[i] : a_at[i] + a.size] = a.ravel()
+            blob[b_at[i] : b_at[i] + b.size] = b.ravel()
+            factors[module] = a, b
+    bench.put(ids, blob.reshape(len(ids), -1))
+    return place(model, adapter, plan.page_numbers, ids.tolist(), SCALE), factors
+
+
+def _check_group(
+    bench: Bench,
+    case: LoraCase,
+    bucket: Bucket,
+    factors: Sequence[dict[str, tuple[np.ndarray, np.ndarray]]],
+    work: Any,
+    group: int,
+    operation: Operation,
+) -> tuple[float, list[str]]:
+    """(worst error of a token, what else is wrong) of the modules that read one input."""
+    model, modules = bench.catalog.config, GROUPS[group]
+    widths = output_widths(model, group)
+    x = np.full((case.tokens, model.widths(modules[0])[0]), np.nan, bench.plan.item)
+    for part in case.parts:
+        x[part.start : part.end] = bench.normal(part.end - part.start, x.shape[1])
+    y = bench.random.standard_normal((case.tokens, sum(widths)), np.float32)
+    add = bench.adding(operation, bucket, group)
+    arguments = x, bench.pages, jnp.int32(bench.first_page), jnp.int32(LAYER), work
+    after, again = (np.asarray(add(jnp.asarray(y), *arguments)) for _ in range(2))
+    wanted = np.zeros(y.shape)
+    for part, own in zip(case.parts, factors, strict=True):
+        for at, module in zip(np.cumsum([0, *widths]), modules, strict=False):
+            if module in own:
+                tokens, columns = (
+                    slice(part.start, part.end),
+                    slice(at, at + own[module][1].shape[1]),
+                )
+                wanted[tokens, columns] = oracle.delta(x[tokens], *own[module], SCALE)
+    touched = np.flatnonzero(np.any(wanted, axis=1))
+    return oracle.worst(after - y, wanted, touched), list(
+        _faults(case, modules, y, after, again, touched)
+    )
+
+
+def _faults(
+    case: LoraCase,
+    modules: tuple[str, ...],
+    before: np.ndarray,
+    after: np.ndarray,
+    again: np.ndarray,
+    touched: np.ndarray,
+) -> Iterator[str]:
+    """What is wrong beside the error of rows that have a sound adapter."""
+    bad = np.zeros(case.tokens, bool)
+    for part in case.parts:
+        bad[part.start : part.end] = part.bad and any(part.ranks)
+    same = ~bad
+    same[touched] = False
+    where = "+".join(modules)
+    if changed := int(np.sum(np.any(after[same] != before[same], axis=1))):
+        yield f"{where}: {changed} rows without an adapter changed"
+    if np.isfinite(after[bad]).any():
+        yield f"{where}: weights that are no numbers were hidden"
+    if not np.array_equal(after, again, equal_nan=True):
+        yield f"{where}: a second run gave other bits"
+
+
+# Attention ---------------------------------------------------------------------------------------
+
+
+def check_attention(
+    session: Session,
+    bench: Bench,
+    case: AttentionCase,
+    operation: Operation = attention.paged_attention,
+) -> None:
+    """The same for attention."""
+    model, bucket = bench.catalog.config, bench.bucket(case.tokens, case.batch)
+    q = np.full((case.tokens, model.heads, model.head_dim), np.nan, bench.plan.item)
+    wanted, free = np.zeros(q.shape), _both_ends(bench)
+    plans: list[RowPlan] = []
+    t = 0
+    for slot, (length, context) in enumerate(case.rows):
+        ids = np.array([next(free) for _ in range(-(-context // bench.plan.page_size))])
+        kv = _put_context(bench, ids, context)
+        q[t : t + length] = bench.normal(length, model.heads, model.head_dim)
+        wanted[t : t + length] = oracle.attend(q[t : t + length], kv, model.head_dim**-0.5)
+        plans.append(RowPlan([1] * length, False, context - length, ids.tolist(), slot, True))
+        t += length
+    attend = bench.attending(operation, bucket)
+    arguments = jnp.asarray(q), bench.pages, jnp.int32(bench.first_page)
+    rows = pack_rows(plans, bucket, bench.catalog)
+    found, again = (np.asarray(attend(*arguments, rows))[:t] for _ in range(2))
+    for row in plans:
+        bench.poison(np.array(row.pages))
+    faults = [] if np.array_equal(found, again) else ["a second run gave other bits"]
+    error = oracle.worst(found, wanted, np.arange(t))
+    _emit(session, bench, "attention", bench.kernels.attention, case.name, error, faults)
+
+
+def _both_ends(bench: Bench) -> Iterator[int]:
+    """Pages of a layer: the last, the first, then all others in disorder."""
+    pages = bench.catalog.sizes.pages
+    yield from (pages - 1, 1)
+    yield from 2 + bench.random.permutation(pages - 3)
+
+
+def _put_context(bench: Bench, ids: np.ndarray, context: int) -> np.ndarray:
+    """Draw keys and values of a row and put them into its pages, NaN behind the last."""
+    model, plan = bench.catalog.config, bench.plan
+    kv = bench.normal(context, 2, model.kv_heads, model.head_dim)
+    blob = np.full((len(ids) * plan.page_size, *kv.shape[1:]), np.nan, plan.item)
+    blob[:context] = kv
+    bench.put(ids, blob.reshape(len(ids), -1))
+    return kv
+
+
+def _emit(
+    session: Session,
+    bench: Bench,
+    operation: str,
+    implementation: str,
+    case: str,
+    error: float,
+    faults: list[str],
+) -> None:
+    limit = LIMITS[bench.plan.dtype]
+    session.emit(
+        "correctness", operation=operation, implementation=implementation, case=case,
+        dtype=bench.plan.dtype, error=error, limit=limit, faults=faults,
+        ok=error <= limit and not faults,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""The work list that GPU kernels walk: which tokens get which adapter's delta, and where it lies.
+
+A pair is an adapter and a span of consecutive tokens, at most `SegmentShape.span` of them. The
+shrink kernel writes a pair's low-rank product into a flat float32 buffer, where the host said; the
+expand kernel adds to the base output what the pairs of one span make, in the list's order, so that
+several adapters over the same tokens are exact and deterministic. Rows without an adapter are in no
+pair.
+
+Programs are as many as the device takes at once and stride over the list, whose length is an
+argument: no grid is sized for the worst case, ranks are looped over up to the true rank of each
+adapter in each layer and module, and a column block is read from the page that holds it.
+
+Invariants: numbers beyond an adapter's rank, tokens beyond a span, columns beyond a row are masked
+where they are loaded, both operands of every product and the result; a weight that is not finite
+reaches its own pair's tokens only. Offsets into the pool are 64-bit.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int32
+
+
+class SegmentShape(NamedTuple):
+    """How a bucket's work is cut.
+
+    Attributes:
+        span: tokens of a pair at most, a power of two and at least 16 (a matrix unit's rows).
+        splits: parts that the sum over a row of A is cut in; the expand kernel adds them in order.
+        low: numbers of the low-rank product of one module and one split at most.
+    """
+
+    span: int
+    splits: int
+    low: int
+
+
+def segment_shape(tokens: int, max_rank: int, *, prefill: bool) -> SegmentShape:
+    """Decode has little work for many processors, so a row's sum is split; prefill has enough."""
+    return SegmentShape(64 if prefill else 16, 1 if prefill else 8, tokens * max_rank)
+
+
+class Pair(NamedTuple):
+    """The integer fields of a pair, in the order they are packed."""
+
+    start: Int32[Array, ""]  # first token
+    tokens: Int32[Array, ""]
+    chain: Int32[
+        Array, ""
+    ]  # pairs of this span, this one first; 0 when it is not the span's first pair
+    low: Int32[
+        Array, ""
+    ]  # where its low-rank product begins: (token, rank) lies `token * stride + rank` behind
+    stride: Int32[Array, ""]  # the adapter's highest rank in any layer and module
+    pages: Int32[Array, ""]  # where its pages begin in the page list
+    split: Int32[Array, ""]  # 1 when its pages do not follow each other
+    unused: Int32[Array, ""]
+
+
+class Address(NamedTuple):
+    """The integer fields of a pair in one layer and module, in the order they are packed.
+
+    `a` and `b` are where the factors start, in pieces of the factor's width (`piece_width`),
+    counted from the layer's page 0, or, when the pair is `split`, from the adapter's own start.
+    """
+
+    a: Int32[Array, ""]
+    b: Int32[Array, ""]
+    rank: Int32[Array, ""]
+
+
+class SegmentWork(NamedTuple):
+    """The work list of one step, for every layer and each of its linear modules."""
+
+    pairs: Int32[Array, "I 8"]
+    total: Int32[Array, "1"]  # pairs in the list, the rest is padding
+    table: Int32[Array, "L modules I 3"]
+    scale: Float[Array, "L modules I"]
+    page_list: Int32[Array, " P"]

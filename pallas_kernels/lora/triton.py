@@ -1,0 +1,108 @@
+"""The LoRA kernels in the Triton language, called through jax-triton.
+
+Invariant: neither triton nor jax-triton is imported before a kernel is called; they can be
+missing, and importing the kernels decides for good whether they are interpreted.
+"""
+
+import math
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.launch import import_jax_triton
+from pallas_kernels.lora.finish import Finish
+from pallas_kernels.lora.segments import SegmentShape, SegmentWork
+from pallas_kernels.lora.tiles import Tiles, expand_tiles, in_blocks, shrink_tiles
+
+
+def add_lora(
+    y: Float[Array, "T out_all"],
+    x: Float[Array, "T in"],
+    pages: Float[Array, "pages S 2 K D"],
+    first_page: Int32[Array, ""],
+    layer: Int32[Array, ""],
+    work: SegmentWork,
+    *,
+    modules: tuple[int, ...],
+    widths: tuple[int, ...],
+    shape: SegmentShape,
+    finish: Finish = Finish.SUM,
+    stream: Float[Array, "T out"] | None = None,
+) -> Float[Array, "T out"]:
+    """As `pallas_kernels.lora.api.add_lora`."""
+    call = import_jax_triton().triton_call
+    from pallas_kernels.lora import triton_kernels
+
+    assert sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
+    where, page = jnp.stack([first_page, layer]), math.prod(pages.shape[1:])
+    tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
+    low = call(
+        where, work.pairs, work.total, work.table, work.page_list, pages, x,
+        kernel=triton_kernels.shrink, name="lora_shrink",
+        out_type=jax.ShapeDtypeStruct((low_numbers(modules, shape),), np.float32),
+        grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
+        **shrink_constants(x.shape[1], page, work, modules, shape, tiles, tiles.programs),
+    )  # fmt: skip
+    tiles = expand_tiles(widths, page, shape, pages.dtype)
+    expand = partial(
+        call, where, work.pairs, work.total, work.table, work.scale, work.page_list, pages, low,
+        name="lora_expand", grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
+        **expand_constants(widths, page, work, modules, shape, tiles, tiles.programs),
+    )  # fmt: skip
+    into = partial(expand, y, kernel=triton_kernels.expand_into, FINISH=finish.value)
+    if finish is Finish.GATED:
+        return into(out_type=jax.ShapeDtypeStruct((len(y), widths[0]), x.dtype))
+    out = jax.new_ref(y if stream is None else stream)
+    if finish is Finish.RESIDUAL:
+        into(out, out_type=())
+    else:
+        expand(out, kernel=triton_kernels.expand, out_type=())
+    return jax.freeze(out)
+
+
+def low_numbers(modules: tuple[int, ...], shape: SegmentShape) -> int:
+    """Numbers of the low-rank products that the shrink kernel writes."""
+    return shape.splits * len(modules) * shape.low
+
+
+def shrink_constants(
+    row: int, page: int, work: SegmentWork, modules: tuple[int, ...], shape: SegmentShape,
+    tiles: Tiles, programs: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What the shrink kernel is compiled for."""
+    rows = in_blocks(row, page, tiles.columns)
+    return dict(
+        ROW=rows.row, PIECE=rows.piece, **_constants(work, modules, shape, tiles, page, programs)
+    )
+
+
+def expand_constants(
+    widths: tuple[int, ...], page: int, work: SegmentWork, modules: tuple[int, ...],
+    shape: SegmentShape, tiles: Tiles, programs: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What the expand kernel is compiled for."""
+    rows = [in_blocks(width, page, tiles.columns) for width in widths]
+    return dict(
+        TILES=(0, *accumulate(row.row for row in rows)),
+        ROWS=tuple(row.row for row in rows),
+        PIECES=tuple(row.piece for row in rows),
+        **_constants(work, modules, shape, tiles, page, programs),
+    )
+
+
+def _constants(
+    work: SegmentWork, modules: tuple[int, ...], shape: SegmentShape, tiles: Tiles, page: int,
+    programs: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What both are compiled for."""
+    _, all_modules, pairs, _ = work.table.shape
+    return dict(
+        MODULES=modules, ALL_MODULES=all_modules, PAIRS=pairs, PAGE=page // tiles.columns,
+        SPAN=shape.span, RANKS=tiles.ranks, COLUMNS=tiles.columns,
+        SPLITS=shape.splits, LOW=shape.low, PROGRAMS=programs,
+    )  # fmt: skip
