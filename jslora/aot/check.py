@@ -113,7 +113,12 @@ def _run(case: Case, executable: Path | None) -> list[Record]:
 
 
 def child_environment(ours: Mapping[str, str], cuda: Path, ptx: Path) -> dict[str, str]:
-    """Our environment without what would change the compiler, and where it finds its tools."""
+    """Our environment without what would change the compiler, and where it finds its tools.
+
+    Products are library calls: without a device XLA cannot time its own kernels against those, and
+    what it would choose untimed, sums of a split product in launches of their own among it, says
+    nothing about the device.
+    """
     kept = {k: v for k, v in ours.items() if not k.startswith(("JAX_", "XLA_", "TF_", "TRITON_"))}
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [ours.get("PYTHONPATH")])]
@@ -123,6 +128,7 @@ def child_environment(ours: Mapping[str, str], cuda: Path, ptx: Path) -> dict[st
         "JAX_TRITON_DUMP_DIR": str(ptx),
         "PYTHONPATH": os.pathsep.join(paths),
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
     }
 
 

@@ -6,7 +6,7 @@ from jslora.aot.record import Record
 
 HEAD = """\
 Compiled for {device} with jax {jax}; nothing was executed. The launch table is structural: products
-are as XLA makes them without autotuning, sorts without CUB; on the device counts may differ.
+are library calls, nothing was autotuned, sorts are without CUB; on the device counts may differ.
 Launches are those of one layer: all, then products, kernels of ours, fusions, copies, collectives.
 MB a layer is what instructions read and write as far as their shapes tell, and the floor the fewest
 they could, pages read by kernels left out of both; registers are the most of any kernel, and of

@@ -25,10 +25,14 @@ from jslora.programs import Catalog
 from jslora.step import write_pages
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora import api as lora
+from pallas_kernels.lora.finish import Finish
 from pallas_kernels.paged_attention import api as attention
 
 LIMITS = {"float32": 2e-5, "bfloat16": 1e-2}
 """Relative errors: tf32 products are near 3e-4, and must not pass for float32."""
+
+FINISHES = (Finish.SUM, Finish.RESIDUAL, Finish.GATED, Finish.RESIDUAL)
+"""What a step makes of the sums of each group of modules; checked beside the sums themselves."""
 
 LAYERS, LAYER = 2, 1
 SCALE = 0.75
@@ -167,13 +171,13 @@ class Bench:
     def bucket(self, tokens: int, rows: int) -> Bucket:
         return Bucket(tokens, rows, self.catalog.buckets[0].pages)
 
-    def adding(self, operation: Operation, bucket: Bucket, group: int) -> Operation:
+    def adding(self, operation: Operation, bucket: Bucket, group: int, finish: Finish) -> Operation:
         """The compiled LoRA operation of a group of modules."""
-        key, widths = (operation, bucket, group), output_widths(self.catalog.config, group)
+        key, widths = (operation, bucket, group, finish), output_widths(self.catalog.config, group)
         if key not in self._compiled:
             self._compiled[key] = jax.jit(partial(
                 operation, modules=tuple(map(MODULES.index, GROUPS[group])), widths=widths,
-                shape=self.catalog.programs.lora_shape(bucket), kernels=self.kernels,
+                shape=self.catalog.programs.lora_shape(bucket), kernels=self.kernels, finish=finish,
             ))  # fmt: skip
         return self._compiled[key]
 
@@ -298,7 +302,7 @@ def _check_group(
     for part in case.parts:
         x[part.start : part.end] = bench.normal(part.end - part.start, x.shape[1])
     y = bench.random.standard_normal((case.tokens, sum(widths)), np.float32)
-    add = bench.adding(operation, bucket, group)
+    add = bench.adding(operation, bucket, group, Finish.SUM)
     arguments = x, bench.pages, jnp.int32(bench.first_page), jnp.int32(LAYER), work
     after, again = (np.asarray(add(jnp.asarray(y), *arguments)) for _ in range(2))
     wanted = np.zeros(y.shape)
@@ -311,9 +315,46 @@ def _check_group(
                 )
                 wanted[tokens, columns] = oracle.delta(x[tokens], *own[module], SCALE)
     touched = np.flatnonzero(np.any(wanted, axis=1))
-    return oracle.worst(after - y, wanted, touched), list(
-        _faults(case, modules, y, after, again, touched)
-    )
+    error = oracle.worst(after - y, wanted, touched)
+    faults = list(_faults(case, modules, y, after, again, touched))
+    if FINISHES[group] is not Finish.SUM:
+        finishing = bench.adding(operation, bucket, group, FINISHES[group])
+        finished, wrong = _check_finish(bench, case, finishing, y + wanted, y, arguments, group)
+        error, faults = max(error, finished), faults + wrong
+    return error, faults
+
+
+def _check_finish(
+    bench: Bench,
+    case: LoraCase,
+    operation: Operation,
+    sums: np.ndarray,
+    y: np.ndarray,
+    arguments: tuple,
+    group: int,
+) -> tuple[float, list[str]]:
+    """The same of what the step makes of the sums, in all rows but those of a bad adapter."""
+    stream = None
+    if FINISHES[group] is Finish.RESIDUAL:
+        stream = bench.normal(*sums.shape)
+        wanted = stream.astype(np.float64) + sums
+    else:
+        wanted = oracle.gated(sums)
+    device = None if stream is None else jnp.asarray(stream)
+    found = np.asarray(operation(jnp.asarray(y), *arguments, stream=device))
+    again = np.asarray(operation(jnp.asarray(y), *arguments, stream=device))
+    same = np.array_equal(found, again, equal_nan=True)
+    where = "+".join(GROUPS[group])
+    faults = [] if same else [f"{where}, {FINISHES[group].value}: a second run gave other bits"]
+    return oracle.worst(found, wanted, np.flatnonzero(~_bad(case))), faults
+
+
+def _bad(case: LoraCase) -> np.ndarray:
+    """Tokens whose adapter is no numbers."""
+    bad = np.zeros(case.tokens, bool)
+    for part in case.parts:
+        bad[part.start : part.end] = part.bad and any(part.ranks)
+    return bad
 
 
 def _faults(
@@ -325,9 +366,7 @@ def _faults(
     touched: np.ndarray,
 ) -> Iterator[str]:
     """What is wrong beside the error of rows that have a sound adapter."""
-    bad = np.zeros(case.tokens, bool)
-    for part in case.parts:
-        bad[part.start : part.end] = part.bad and any(part.ranks)
+    bad = _bad(case)
     same = ~bad
     same[touched] = False
     where = "+".join(modules)

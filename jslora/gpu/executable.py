@@ -50,7 +50,7 @@ def run(session: Session, path: Path) -> None:
     pages, h, *_ = jax.block_until_ready(execute(jax.tree.leaves(arguments)))
     seconds = time.perf_counter() - started
     session.emit("executable", found=True, loaded=True, ran=True, first_run_seconds=seconds)
-    here = compile_here(catalog, described["case"]["lora"])
+    here = compile_here(catalog)
     weights, _, *rest = arguments
     _, wanted, *_ = here(weights, pages, *rest)
     found, right = (np.asarray(each, np.float64) for each in (h, wanted))
@@ -84,7 +84,8 @@ def catalog_of(described: dict[str, Any]) -> Catalog:
         max_rank=case["max_rank"], dtype=np.dtype(pool["dtype"]),
     )  # fmt: skip
     kernels = choose_kernels(config, case["page_size"], case["kernels"], launch.platform())
-    return Catalog(config, sizes, kernels)
+    catalog = Catalog(config, sizes, kernels)
+    return catalog if case["lora"] else without_lora(catalog)
 
 
 def real_arguments(catalog: Catalog, lora: bool) -> tuple[Any, ...]:
@@ -109,9 +110,8 @@ def real_arguments(catalog: Catalog, lora: bool) -> tuple[Any, ...]:
     )
 
 
-def compile_here(catalog: Catalog, lora: bool) -> Any:
+def compile_here(catalog: Catalog) -> Any:
     """The same step, compiled on this machine."""
-    catalog = catalog if lora else without_lora(catalog)
     bucket = decode_bucket(catalog, catalog.sizes.max_running)
     (job,) = catalog.step_jobs(bucket).values()
     return lower_job(job).compile(catalog.kernels.compiler_options)

@@ -15,6 +15,12 @@ def delta(
     return scale * (low @ b.astype(np.float64))
 
 
+def gated(y: Float[np.ndarray, "t twice"]) -> Float64[np.ndarray, "t half"]:
+    """SiLU of the first half of the columns, times the second."""
+    gate, up = np.split(y.astype(np.float64), 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
 def attend(
     q: Float[np.ndarray, "t N D"], kv: Float[np.ndarray, "s 2 K D"], scale: float
 ) -> Float64[np.ndarray, "t N D"]:

@@ -222,5 +222,5 @@ def test_the_children_see_no_flags_but_ours(tmp_path: Path) -> None:
     assert found == {
         "PATH": "/bin", "CUDA_ROOT": str(tmp_path / "cuda"), "JAX_PLATFORMS": "cpu",
         "JAX_TRITON_DUMP_DIR": str(tmp_path / "ptx"), "PYTHONPATH": f"{ROOT}:/a",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_CPP_MIN_LOG_LEVEL": "2", "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
     }  # fmt: skip
