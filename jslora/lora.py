@@ -1,8 +1,8 @@
 """LoRA as an argument of the step: which rows of the pool are added to which linear layer's output.
 
 The host resolves every address from the allocator's own truth (`jslora.batch`), so no adapter
-table lives on the device and none can be stale. Layers and modules have their own lists, because
-ranks may differ between them; a module that no adapter of the step targets has an empty list.
+table lives on the device and none can be stale. Layers and modules have their own addresses and
+ranks; a module that no adapter of the step targets costs no reads.
 """
 
 from jaxtyping import Array, Float, Int32

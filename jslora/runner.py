@@ -22,6 +22,7 @@ import numpy as np
 
 from jslora import sampling
 from jslora.batch import (
+    SAMPLERS,
     Bucket,
     Segment,
     pack_sampling,
@@ -62,6 +63,7 @@ class Runner:
         self.compile_seconds = 0.0
         self._make_state()
         self._compile(progress)
+        self._warm_up()
 
     @property
     def compilations(self) -> int:
@@ -103,6 +105,20 @@ class Runner:
             for job in waiting:
                 job.result()
         self.compile_seconds = time.monotonic() - started
+
+    def _warm_up(self) -> None:
+        """Run every step once without rows: what a first run loads, or lacks, shows before serving.
+
+        A GPU's kernels are assembled and loaded, and temporaries allocated, when they first run.
+        """
+        for bucket in self.catalog.buckets:
+            packed, work = pack_step([], bucket, self.geometry), self._pack_lora([], bucket)
+            h, _ = self._step(bucket, packed, work)
+            rows = pack_sampling([], bucket.rows, self.sizes.max_running)
+            for sampler in SAMPLERS:
+                program = self._executables["sample", bucket.rows, sampler]
+                self.slots, _ = program(h, self._head, self.slots, *rows)
+        jax.block_until_ready((self.pages, self.slots))
 
     # Steps ---------------------------------------------------------------------------------------
 

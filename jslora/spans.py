@@ -3,8 +3,8 @@
 Tokens without an adapter are in spans too, of rank 0: they have no delta, but what follows the sum
 (`pallas_kernels.lora.finish`) is done for them all the same.
 
-Small enough to be sent whenever rows or adapters of a step change: some kilobytes a layer for the
-largest batch, whatever the ranks. Host only: no jax.
+Small enough to be sent whenever rows or adapters of a step change: about 6 KB a layer for 64 rows,
+whatever the ranks. Host only: no jax.
 """
 
 from collections.abc import Iterator
@@ -75,6 +75,7 @@ def _cover(parts: Seq[Segment], tokens: int) -> Iterator[tuple[int, int, Placeme
             yield at, part.start, None
         yield part.start, part.end, part.placement
         at = part.end
+    assert at <= tokens, f"a segment ends at token {at} of {tokens}"
     if at < tokens:
         yield at, tokens, None
 

@@ -4,6 +4,9 @@ Pure functions of arrays, shared by every bucket. Weights come as flat leaves (n
 whose flattening costs milliseconds a call), the pool is donated, and the activations of each row's
 last token go on to the sampling program without a stop at the host.
 
+Invariant: rows of padding tokens may hold anything, NaN included; nothing reads across rows, and
+the host points every index at a row that is real, or drops what it made.
+
 A step is one program on an accelerator. On a CPU the same parts are separate programs, one for any
 layer, dispatched one behind the other: XLA:CPU compiles every layer of a whole step anew, at half a
 minute a bucket for 30 layers, while dispatching 30 programs costs about two milliseconds.

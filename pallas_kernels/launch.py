@@ -6,11 +6,14 @@ interpret mode; `reference` is plain jax.numpy and the fastest on a CPU. What a 
 does not allow raises `NotImplementedError`, and the choice falls through to the next.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
 import jax
+
+log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("triton", "pallas", "reference")
 """In the order in which `auto` tries them on a GPU."""
@@ -56,9 +59,17 @@ class Kernels:
 
 
 def platform() -> str:
-    """The backend of this process."""
-    backend = jax.default_backend()
-    return {"gpu": "cuda"}.get(backend, backend)
+    """What this process runs on.
+
+    Raises:
+        NotImplementedError: neither a CPU nor an NVIDIA GPU.
+    """
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return "cpu"
+    if device.platform == "gpu" and "cuda" in device.client.platform_version.lower():
+        return "cuda"
+    raise NotImplementedError(f"{device.device_kind}: only CPUs and NVIDIA GPUs are supported")
 
 
 Check = Callable[[str], None]
@@ -66,7 +77,7 @@ Check = Callable[[str], None]
 
 
 def choose(wanted: str, platform: str, checks: Mapping[str, Check]) -> Kernels:
-    """The implementation of each operation in `checks`; the reason why of those that fall through.
+    """The implementation of each operation in `checks`; why others fell through is logged.
 
     Raises:
         NotImplementedError: one implementation was asked for by name and cannot be had.
@@ -87,7 +98,8 @@ def _allows(name: str, platform: str, check: Check) -> bool:
     try:
         _available(name, platform)
         check(name)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        log.info("no %s kernel: %s", name, error)
         return False
     return True
 
@@ -99,7 +111,7 @@ def _available(name: str, platform: str) -> None:
         raise NotImplementedError("triton kernels run on NVIDIA GPUs only")
     try:
         import_jax_triton()
-    except ImportError as error:
+    except (ImportError, AttributeError, TypeError) as error:  # the last two: unfit releases
         raise NotImplementedError(f"jax-triton cannot be imported: {error}") from None
 
 

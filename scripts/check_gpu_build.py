@@ -1,7 +1,8 @@
-"""Compile everything the GPU would run, for an H100, without a GPU, and hold it to rules.
+"""Compile what a GPU would run, for an H100, without a GPU, and hold it to rules.
 
-Nothing is executed. Exit codes: 0 all rules hold, 1 some rule is broken or something does not
-compile, 2 wrong arguments or something is not installed, 130 interrupted.
+Every program is compiled at its largest size, and nothing is executed. Exit codes: 0 all rules
+hold, 1 some rule is broken or something does not compile, 2 wrong arguments or something is not
+installed, 130 interrupted.
 """
 
 import argparse
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"cannot write {path}: its folder does not exist")
         if not chosen:
             raise ConfigError(f"no case has the words {args.only}")
+        if args.executable and EXECUTABLE not in {case.name for case in chosen}:
+            raise ConfigError(f"--executable writes {EXECUTABLE!r}, which --only leaves out")
         with closing(Bars()) as bars:
             report = check(
                 chosen, rules.committed(), bars,

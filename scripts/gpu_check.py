@@ -4,8 +4,9 @@ Runs from a checkout; needs Python 3.12, jax with its CUDA plugin, flax, numpy, 
 tokenizers, jaxtyping and PyYAML, no network; jax-triton is used, and a plot drawn, where they can
 be. Writes gpu_check.json as it goes, gpu_check.log and gpu_check.png into --out.
 
-Exit codes: 0 everything is correct, 1 something is wrong or a section failed, 2 wrong arguments or
-no GPU, 130 interrupted (what was recorded until then is kept).
+Exit codes: 0 everything that ran is correct, 1 something is wrong, a section failed, or the chosen
+kernels were not checked to the end, 2 wrong arguments or no GPU, 130 interrupted (what was recorded
+until then is kept).
 """
 
 import argparse
@@ -14,12 +15,23 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nothing needs to be installed
 
 from jslora.gpu import report
-from jslora.gpu.supervise import Document, Supervisor, first_group, groups, only, work_folder
+from jslora.gpu.supervise import (
+    IMPLEMENTATIONS,
+    Document,
+    Group,
+    Supervisor,
+    first_group,
+    groups,
+    only,
+    unmatched,
+    work_folder,
+)
 
 PLOT_SECONDS = 10.0
 """Kept back for the table and the plot."""
@@ -75,15 +87,32 @@ def run(args: argparse.Namespace, document: Document) -> int:
     seconds, say = 60 * args.minutes - PLOT_SECONDS, lambda text: print(text, flush=True)
     with work_folder() as folder, (args.out / "gpu_check.log").open("wb") as log:
         supervisor = Supervisor(document, log, seconds, say)
-        supervisor.run(first_group(folder, tiny=args.tiny))
+        first = first_group(folder, tiny=args.tiny)
+        make = partial(groups, folder, executable=args.executable.resolve(), tiny=args.tiny)
+        every = [group for chosen in IMPLEMENTATIONS for group in make(chosen)]
+        if not known(args.only, first + every):
+            return 2
+        supervisor.run(first)
         devices = document.of("device")
         if not devices or (devices[0]["platform"] != "cuda" and not args.tiny):
             found = f"jax found {devices[0]['kind_of_device']}" if devices else "see gpu_check.log"
             print(f"no NVIDIA GPU can be used: {found}", file=sys.stderr)
             return 2
-        todo = groups(folder, devices[0]["lora"], args.executable.resolve(), tiny=args.tiny)
+        todo = make(devices[0]["lora"])
+        if not known(args.only, first + todo):
+            return 2
         supervisor.run(only(todo, args.only))
     return 0 if report.Findings(document.data()).sound else 1
+
+
+def known(names: str | None, found: list[Group]) -> bool:
+    """Whether each name begins some section's; said which are there if not."""
+    wrong = unmatched(found, names) if names is not None else []
+    if wrong:
+        sections = dict.fromkeys(task.section for group in found for task in group)
+        print(f"--only: no section begins with {', '.join(map(repr, wrong))}; there are "
+              f"{', '.join(sections)}", file=sys.stderr)  # fmt: skip
+    return not wrong
 
 
 def draw(file: Path) -> bool:

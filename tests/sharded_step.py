@@ -1,6 +1,10 @@
-"""Run with four virtual devices: steps with adapters, split over them and on one, are equal."""
+"""Run with four virtual devices: steps with adapters, split over them and on one, are equal.
 
-from functools import partial
+The reference on one device is what it and the Pallas kernels, interpreted, must equal on four.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,19 +20,21 @@ from jslora.model.config import MODULES, ModelConfig
 from jslora.model.weights import shapes
 from jslora.programs import Catalog, Sizes
 from jslora.sharding import AXIS, POOL, local_config, over_devices, weight_spec, whole_array
+from jslora.spans import pack_spans
 from pallas_kernels.launch import Kernels
-from pallas_kernels.lora.reference import BlockWork
+from pallas_kernels.lora.api import Work
+from pallas_kernels.lora.reference import BlockShape, BlockWork
+from pallas_kernels.lora.segments import SegmentWork
 
 DEVICES = 4
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=40, hidden=48, layers=2, heads=8, kv_heads=4,
-    head_dim=8, feed_forward=96, max_positions=64, qkv_bias=True, qk_norm=True,
+    head_dim=16, feed_forward=128, max_positions=64, qkv_bias=True, qk_norm=True,
 )  # fmt: skip
 SIZES = Sizes(
     pages=64, page_size=8, max_running=8, max_step_tokens=32, max_model_len=64, max_rank=8,
     dtype=jnp.dtype("float32"),
 )  # fmt: skip
-KERNELS = Kernels("reference", "reference", "cpu")
 BY_OUTPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 FUSED = {"qkv": MODULES[:3], "qkv_bias": MODULES[:3], "gate_up": ("gate_proj", "up_proj")}
 
@@ -75,14 +81,35 @@ def fill(pool: np.ndarray, packed: PackedAdapter, pages: tuple[int, ...], total:
             pool[layer * total + page] = numbers.reshape(pool.shape[1:])
 
 
+def make_mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+
+
+@cache
+def make_catalog(devices: int, kernels: str) -> Catalog:
+    config, axis = local_config(CONFIG, devices), AXIS if devices > 1 else None
+    return Catalog(config, SIZES, Kernels(kernels, kernels, "cpu"), axis)
+
+
+@cache
+def jitted_step(devices: int, kernels: str, bucket: Bucket) -> Callable[..., Any]:
+    """One for all runs alike, as compiling is what takes long."""
+    programs = make_catalog(devices, kernels).programs
+    step: Any = partial(programs.step, bucket)
+    if devices > 1:
+        names: dict[str, Any] = {name: weight_spec(name) for name in shapes(CONFIG)}
+        specs = programs.weights(names)
+        step = over_devices(step, specs, make_mesh(devices))
+    return jax.jit(step)
+
+
 class Run:
     """The steps of a model with its adapters on one device or several."""
 
-    def __init__(self, weights: dict[str, np.ndarray], adapters: list[Adapter], devices: int):
-        self.catalog = Catalog(
-            local_config(CONFIG, devices), SIZES, KERNELS, AXIS if devices > 1 else None
-        )
-        self.mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
+    def __init__(
+        self, weights: dict[str, np.ndarray], adapters: list[Adapter], devices: int, kernels: str
+    ):
+        self.catalog, self.mesh = make_catalog(devices, kernels), make_mesh(devices)
         shape, g = self.catalog.pool().shape, self.catalog.geometry
         pools, self.placements, free = [np.zeros(shape, np.float32) for _ in range(devices)], [], 20
         for adapter in adapters:
@@ -106,15 +133,17 @@ class Run:
     def step(self, rows: list[RowPlan], bucket: Bucket) -> np.ndarray:
         """Run the rows; activations of all their tokens."""
         programs, g = self.catalog.programs, self.catalog.geometry
-        blocks = pack_blocks(segments(rows), bucket, g, programs.lora_shape(bucket))
-        run: Any = partial(programs.step, bucket)
-        if self.catalog.axis:
-            specs = programs.weights({name: weight_spec(name) for name in self.weights})
-            run = over_devices(run, specs, self.mesh)
+        shape, parts = programs.lora_shape(bucket), segments(rows)
+        work: Work
+        if isinstance(shape, BlockShape):
+            work = BlockWork(*pack_blocks(parts, bucket, g, shape))
+        else:
+            work = SegmentWork(*pack_spans(parts, bucket, g, shape))
+        run = jitted_step(self.mesh.size, self.catalog.kernels.lora, bucket)
         last_token = np.zeros(SIZES.max_running, np.int32)
-        self.pages, _, x = jax.jit(run)(
+        self.pages, _, x = run(
             programs.weights(self.weights), self.pages, last_token,
-            pack_step(rows, bucket, g), BlockWork(*blocks),
+            pack_step(rows, bucket, g), work,
         )  # fmt: skip
         return np.asarray(x)[: sum(row.length for row in rows)]
 
@@ -145,9 +174,10 @@ def main() -> None:
         make_adapter(rng, {"o_proj": 3, "down_proj": 8, "k_proj": 1}),
     ]
     other = make_adapter(rng, {"q_proj": 1})
-    one, four = Run(weights, adapters, 1), Run(weights, adapters, DEVICES)
-    plain = Run(weights, [other, other], 1)
-    assert whole_array(four.catalog.pool(), POOL, four.mesh).shape == four.pages.shape
+    one, plain = (Run(weights, given, 1, "reference") for given in (adapters, [other, other]))
+    four = {name: Run(weights, adapters, DEVICES, name) for name in ("reference", "pallas")}
+    for run in four.values():
+        assert whole_array(run.catalog.pool(), POOL, run.mesh).shape == run.pages.shape
 
     lengths = [9, 5, 7]
     prompts = [[int(token) for token in rng.integers(0, 40, n)] for n in lengths]
@@ -155,12 +185,13 @@ def main() -> None:
         (prompts, [0, 0, 0], Bucket(32, 8, 8)),
         ([[1], [2], [3]], lengths, Bucket(8, 8, 8)),
     ):
-        runs = (one, four, plain)
-        alone, split, without = (r.step(plans(r, tokens, positions), bucket) for r in runs)
-        np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-4)
+        alone, without = (r.step(plans(r, tokens, positions), bucket) for r in (one, plain))
         with_adapter = sum(len(row) for row in tokens[:2])
         assert np.abs(without - alone)[:with_adapter].max(axis=1).min() > 0.01
-    print("equal")
+        for name, run in four.items():
+            split = run.step(plans(run, tokens, positions), bucket)
+            np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-4, err_msg=name)
+    print(*four, "equal")
 
 
 if __name__ == "__main__":

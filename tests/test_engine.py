@@ -33,6 +33,7 @@ from goldens.adapters import write_adapter
 from goldens.cases import ADAPTERS
 from safetensors.numpy import load_file
 
+from jslora.batch import Bucket
 from jslora.engine import Completion, Engine
 from jslora.errors import (
     AdapterRejected,
@@ -40,6 +41,7 @@ from jslora.errors import (
     UnknownModel,
 )
 from jslora.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
+from jslora.runner import Runner
 from pallas_kernels.launch import Kernels
 
 pytest_plugins = ["engine_fixtures"]
@@ -91,6 +93,19 @@ def test_nothing_compiles_after_start(engine: Engine, tight: Engine, tmp: Path) 
         answers(tight, [Ask([9] * 30, greedy(60), "wide-0") for _ in range(8)])
     assert found == []
     assert tight.stats().preemptions > 0 and tight.stats().adapter_evictions > 0
+
+
+def test_a_step_that_cannot_run_is_found_before_serving(
+    tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where kernels are loaded when they first run."""
+
+    def fail(self: Runner, bucket: Bucket, *_: Any) -> Any:
+        raise RuntimeError(f"no kernel image for {bucket.tokens} tokens")
+
+    monkeypatch.setattr(Runner, "_step", fail)
+    with pytest.raises(RuntimeError, match="no kernel image for 8 tokens"):
+        small_engine(tmp, LLAMA3 / "model")
 
 
 @pytest.mark.parametrize("whole_step", [False, True])

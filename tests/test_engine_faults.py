@@ -222,7 +222,7 @@ class Fuse:
 
     def wrap(self, names: tuple[str, ...], fail: Callable[["Fuse", Any, tuple], Any]) -> None:
         """Let `fail` stand in for every program of such a name when armed."""
-        for key, (name, *_) in self.runner._jobs().items():
+        for key, (name, *_) in self.runner.catalog.jobs().items():
             if name.startswith(names):
                 program = self.runner._executables[key]
 

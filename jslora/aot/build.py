@@ -31,7 +31,7 @@ from jslora.bench.floor import Row, step_floor
 from jslora.lora import apply_lora
 from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.model.weights import shapes
-from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
+from jslora.programs import Catalog, Job, Sizes, choose_kernels, page_numbers
 from jslora.sharding import AXIS, POOL, local_config, over_devices, weight_spec, whole_array
 from pallas_kernels.launch import OFF
 from pallas_kernels.paged_attention.api import paged_attention
@@ -74,6 +74,7 @@ class Compiled:
 
     executable: Any
     launches: list[launches.Launch]
+    donated: int  # bytes on one device
     seconds: float
 
 
@@ -92,14 +93,18 @@ def compile_case(case: Case, shop: Workshop) -> Iterator[tuple[Record, Any]]:
         yield _compile_step(case, mesh, shop)
         return
     catalog = make_catalog(case, case.layers)
-    for program in _kernel_programs(case, catalog, mesh):
+    programs = _kernel_programs if case.what == "kernels" else _other_programs
+    for program in programs(case, catalog, mesh):
         compiled = _compile(program, mesh, prod(catalog.pool().shape))
         figures = _figures(compiled, catalog, shop.assembled())
-        kernels = Counter(i.label for i in compiled.launches if i.kind == "kernel")
+        if case.what == "kernels":
+            kernels = Counter(i.label for i in compiled.launches if i.kind == "kernel")
+            figures["per_layer"] = {f"kernel {k}": n for k, n in kernels.items()}
+        else:
+            figures["outside"] = len(compiled.launches)
         yield Record(
-            name=f"{case.name} {program.name}", what="kernel", phase=case.phase, rows=case.rows,
-            kernels=case.kernels, per_layer={f"kernel {k}": n for k, n in kernels.items()},
-            **figures,
+            name=f"{case.name} {program.name}", what=case.what.removesuffix("s"),
+            phase=case.phase, rows=case.rows, tokens=case.tokens, kernels=case.kernels, **figures,
         ), compiled.executable  # fmt: skip
 
 
@@ -114,8 +119,8 @@ def _compile_step(case: Case, mesh: Mesh, shop: Workshop) -> tuple[Record, Any]:
     moved = [sum(launch.bytes for launch in program.launches) for program in (small, large)]
     bytes_per_layer = (moved[1] - moved[0]) / apart
     record = Record(
-        name=case.name, what="step", phase=case.phase, rows=case.rows, kernels=case.kernels,
-        per_layer=per_layer, outside=sum(outside.values()),
+        name=case.name, what="step", phase=case.phase, rows=case.rows, tokens=case.tokens,
+        kernels=case.kernels, per_layer=per_layer, outside=sum(outside.values()),
         collectives={name.partition(" ")[2]: n for name, n in collectives.items()}
         | ({"outside": sum(others.values())} if others else {}),
         bytes_per_layer=bytes_per_layer,
@@ -157,7 +162,11 @@ def _compile(program: Program, mesh: Mesh, pool: int) -> Compiled:
     executable = lowered.compile(compiler_options=program.options)
     seconds, text = time.monotonic() - begun, executable.as_text()
     assert text, f"{program.name} was compiled to nothing that can be read"
-    return Compiled(executable, launches.find(hlo.parse(text), pool), seconds)
+    donated = sum(
+        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves([program.arguments[i] for i in program.donated])
+    )
+    return Compiled(executable, launches.find(hlo.parse(text), pool), donated, seconds)
 
 
 def _figures(
@@ -165,11 +174,13 @@ def _figures(
 ) -> dict[str, Any]:
     """What a record says of one program alone."""
     memory = compiled.executable.memory_analysis()
-    pool, weights = catalog.pool(), weight_dims(catalog.config)
+    ours = {i.label for i in compiled.launches if i.kind == "kernel"}
+    weights = weight_dims(catalog.config)
+    layer_pages = catalog.geometry.pages * catalog.geometry.page_numbers
     pool_copies, weight_copies = [], []
     for launch, shape in launches.arrays(compiled.launches):
         text = f"{launch.instruction.name} {shape}"
-        if shape.size == prod(pool.shape):
+        if shape.size >= layer_pages:
             pool_copies.append(text)
         elif tuple(sorted(dim for dim in shape.dims if dim > 1)) in weights:
             weight_copies.append(text)
@@ -177,8 +188,8 @@ def _figures(
         loops=[i.instruction.name for i in compiled.launches if i.kind == "loop"],
         pool_copies=pool_copies, weight_copies=weight_copies,
         temporaries=memory.temp_size_in_bytes, aliased=memory.alias_size_in_bytes,
-        pool=prod(pool.shape) * pool.dtype.itemsize, seconds=compiled.seconds,
-        assembled=_ours(assembled, {i.label for i in compiled.launches if i.kind == "kernel"}),
+        donated=compiled.donated, seconds=compiled.seconds,
+        launched=sorted(ours), assembled=_ours(assembled, ours),
         most_registers=max((kernel.registers for kernel in assembled), default=0),
     )  # fmt: skip
 
@@ -284,6 +295,18 @@ def _kernel_programs(case: Case, catalog: Catalog, mesh: Mesh) -> Iterator[Progr
     )  # fmt: skip
     arguments = (q, pages, layer, _rows(bucket, catalog))
     yield Program("attention", attention, (), _everywhere(arguments, mesh), options)
+
+
+def _other_programs(case: Case, catalog: Catalog, mesh: Mesh) -> Iterator[Program]:
+    """Every program that is no step, each at its largest size."""
+    steps = {key for bucket in catalog.buckets for key in catalog.step_jobs(bucket)}
+    jobs = [job for key, job in catalog.jobs().items() if key not in steps]
+    largest: dict[str, Job] = {}
+    for job in sorted(jobs, key=lambda job: [int(n) for n in job[0].split() if n.isdigit()]):
+        largest[" ".join(word for word in job[0].split() if not word.isdigit())] = job
+    options = catalog.kernels.compiler_options
+    for name, (_, function, donated, arguments) in largest.items():
+        yield Program(name, function, donated, _everywhere(arguments, mesh), options)
 
 
 def _lora(

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from jslora.errors import ConfigError
+
 if TYPE_CHECKING:
     from jslora.config import EngineConfig
 
@@ -33,6 +35,9 @@ LAYERS = 4
 BASE_LAYERS = 2
 """Layers that the larger and the smaller of a case's two programs have."""
 
+STEPS = (("llama3-8b", 1), ("llama3-8b", 4), ("qwen3-8b", 1), ("smollm2-135m", 1))
+"""Models and numbers of devices whose steps are compiled, decode and mixed."""
+
 POOL_BYTES = {"llama3-8b": 50 * 10**9, "qwen3-8b": 50 * 10**9, "smollm2-135m": 6 * 10**9}
 """On each device: what an 80 GB device has left, and for the demo what any has; past 4 GiB all."""
 
@@ -42,8 +47,10 @@ class Case:
     """One thing to compile.
 
     Attributes:
-        what: "step", compiled with two numbers of layers, or "kernels", each alone.
-        phase: "decode" (a token a row) or "mixed" (the most tokens a step may have).
+        what: "step", compiled with two numbers of layers, "kernels", each alone, or "programs",
+            all that are no step (`Catalog.jobs`), each at its largest size.
+        phase: "decode" (a token a row), "mixed" (the most tokens a step may have), or nothing of
+            programs.
         kernels: implementation of both operations.
         layers: of the larger program.
         rows, tokens, positions, max_rank, page_size: limits of the server's configuration.
@@ -64,18 +71,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.model, self.phase, self.kernels]
+        parts = [self.model, *filter(None, [self.phase]), self.kernels]
         parts += [f"{self.devices} devices"] * (self.devices > 1)
         parts.append(("lora" if self.lora else "no lora") if self.what == "step" else self.what)
         return " ".join(parts)
 
 
 def cases(llama: "EngineConfig", demo: "EngineConfig", *, all_layers: bool = False) -> list[Case]:
-    """Everything that is checked; the dense models have the limits of one configuration."""
+    """Everything that is checked; the dense models have the limits of one configuration.
+
+    Raises:
+        ConfigError: a configuration does not say how long a sequence may get.
+    """
     found = []
     for case in _cases():
         config = demo if case["model"] == "smollm2-135m" else llama
-        assert config.model.max_model_len, "the configuration sets no model.max_model_len"
+        if config.model.max_model_len is None:
+            raise ConfigError("compiling ahead needs model.max_model_len, which is not set")
         limits: dict[str, Any] = dict(
             rows=config.scheduler.max_running, tokens=config.scheduler.max_step_tokens,
             positions=config.model.max_model_len, max_rank=config.adapters.max_rank,
@@ -91,13 +103,9 @@ def cases(llama: "EngineConfig", demo: "EngineConfig", *, all_layers: bool = Fal
 def _cases() -> Iterator[dict[str, Any]]:
     for kernels in ("pallas", "triton"):
         for phase in ("decode", "mixed"):
-            llama = dict(model="llama3-8b", phase=phase, kernels=kernels)
-            yield llama | dict(what="kernels")
-            for lora in (False, True):
-                yield llama | dict(what="step", lora=lora)
-        for model, devices in (("llama3-8b", 4), ("qwen3-8b", 1), ("smollm2-135m", 1)):
-            for lora in (False, True):
-                yield dict(
-                    what="step", model=model, phase="decode", kernels=kernels, lora=lora,
-                    devices=devices,
-                )  # fmt: skip
+            fixed = dict(phase=phase, kernels=kernels)
+            yield fixed | dict(what="kernels", model="llama3-8b")
+            for model, devices in STEPS:
+                for lora in (False, True):
+                    yield fixed | dict(what="step", model=model, devices=devices, lora=lora)
+    yield dict(what="programs", model="llama3-8b", phase="", kernels="pallas")

@@ -1,4 +1,4 @@
-"""Compile everything the GPU would run, each case in a process of its own, and apply the rules.
+"""Compile what a GPU would run, each case in a process of its own, and apply the rules.
 
 Host only: jax runs in the children (`jslora.aot.child`), whose environment holds the compiler's
 flags. A child that dies is a case that does not compile; the others go on.
@@ -138,5 +138,5 @@ def _records(text: str) -> Iterator[Record]:
 
 
 def _failed(case: Case, error: str) -> Record:
-    what = "step" if case.what == "step" else "kernel"
+    what = case.what.removesuffix("s")
     return Record(name=case.name, what=what, phase=case.phase, kernels=case.kernels, error=error)

@@ -30,8 +30,6 @@ _OURS = ("__gpu$xla.gpu.triton", "triton_kernel_call")
 _IN_PLACE = {"scatter": 2, "dynamic-update-slice": 1}
 """Opcodes that update their first operand, and which operand holds the update."""
 
-KINDS = ("product", "kernel", "fusion", "copy", "collective", "loop", "other")
-
 
 @dataclass(frozen=True, slots=True)
 class Launch:

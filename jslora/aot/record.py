@@ -8,14 +8,17 @@ class Record:
     """Figures of one compiled program; of its larger one when it was compiled twice.
 
     Attributes:
-        name: of the case, and of the kernel where each stands alone.
-        what: "step" or "kernel".
+        name: of the case, and of the kernel or program where each stands alone.
+        what: "step", "kernel" or "program".
+        rows, tokens: the most that the case has.
         per_layer: launches a layer by "kind label", those outside layers left out.
-        outside: launches outside layers.
+        outside: launches outside layers; all of a program's.
         collectives: by name, in one layer, and below "outside" all others.
         loops: names of `while` and `conditional` outside kernels.
-        pool_copies, weight_copies: what leaves an array like the pool or a weight in new memory.
-        temporaries, aliased, pool: bytes; on one device.
+        pool_copies: what leaves an array as large as a layer's pages in new memory.
+        weight_copies: what leaves an array like a weight there.
+        temporaries, aliased, donated: bytes; on one device.
+        launched: names of our kernels, in layers and outside.
         assembled: registers and spilled bytes of our kernels, and of all others that spill.
         most_registers: of any kernel.
         bytes_per_layer, bytes_outside: that are read and written, as far as shapes tell.
@@ -27,6 +30,7 @@ class Record:
     what: str
     phase: str = ""
     rows: int = 0
+    tokens: int = 0
     kernels: str = ""
     per_layer: dict[str, float] = field(default_factory=dict)
     outside: float = 0
@@ -36,7 +40,8 @@ class Record:
     weight_copies: list[str] = field(default_factory=list)
     temporaries: int = 0
     aliased: int = 0
-    pool: int = 0
+    donated: int = 0
+    launched: list[str] = field(default_factory=list)
     assembled: dict[str, list[int]] = field(default_factory=dict)
     most_registers: int = 0
     bytes_per_layer: float = 0

@@ -7,8 +7,11 @@ import yaml
 
 from jslora.aot.record import Record
 
-DECODE_TEMPORARIES = 256 * 2**20
-"""Bytes, for a decode step of at most 64 rows."""
+ROWS, TEMPORARIES = 64, 256 * 2**20
+"""Bytes that anything but a mixed step may need beside its results, up to so many rows."""
+
+MIXED_TOKENS, MIXED_TEMPORARIES = 2048, 2**30
+"""The same for a mixed step, up to so many tokens."""
 
 Allowed = Mapping[str, int]
 """Launches a layer at most, by the name of a case."""
@@ -27,8 +30,8 @@ def broken(record: Record, allowed: Allowed, devices: int = 1) -> list[str]:
     found = _memory(record) + _registers(record) + _flow(record)
     if record.what == "step":
         found += _launches(record, allowed) + _collectives(record, devices)
-        if record.aliased < record.pool:
-            found.append(f"pool not aliased: {record.aliased} of its {record.pool} bytes are")
+    if record.what != "kernel" and record.aliased < record.donated:
+        found.append(f"not aliased: of {record.donated} bytes donated {record.aliased} are")
     return found
 
 
@@ -38,19 +41,23 @@ def _memory(record: Record) -> list[str]:
         found.append(f"pool copied: {', '.join(record.pool_copies)}")
     if record.weight_copies:
         found.append(f"weights copied: {', '.join(record.weight_copies)}")
-    if record.phase == "decode" and record.rows <= 64 and record.temporaries > DECODE_TEMPORARIES:
-        found.append(
-            f"decode temporaries: {record.temporaries} bytes; allowed are {DECODE_TEMPORARIES}"
-        )
+    if record.phase == "mixed":
+        small, most = record.tokens <= MIXED_TOKENS, MIXED_TEMPORARIES
+    else:
+        small, most = record.rows <= ROWS, TEMPORARIES
+    if small and record.temporaries > most:
+        found.append(f"temporaries: {record.temporaries} bytes; allowed are {most}")
     return found
 
 
 def _registers(record: Record) -> list[str]:
-    return [
+    spilled = [
         f"spills: {name} spills {spills} bytes at {registers} registers"
         for name, (registers, spills) in record.assembled.items()
         if spills
     ]
+    unread = [name for name in record.launched if name not in record.assembled]
+    return spilled + [f"registers not read: {name}" for name in unread]
 
 
 def _flow(record: Record) -> list[str]:

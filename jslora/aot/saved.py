@@ -25,7 +25,6 @@ def save(path: Path, executable: jax.stages.Compiled, case: Mapping[str, Any]) -
     data = made.serialize()
     described = {
         "device": DEVICE,
-        "compute_capability": "9.0",
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "sha256": hashlib.sha256(data).hexdigest(),

@@ -17,20 +17,21 @@ _STEP = (
     "step", "launches", "prod", "kern", "fus", "copy", "coll", "outside", "MB/layer", "floor",
     "temp MB", "pool copies", "weight copies", "spills", "regs", "seconds",
 )  # fmt: skip
-_KERNEL = (
-    "kernel", "calls", "temp MB", "pool copies", "weight copies", "spills", "registers", "seconds",
+_ALONE = (
+    "kernel or program", "launches", "temp MB", "pool copies", "weight copies", "spills",
+    "registers", "seconds",
 )  # fmt: skip
 
 
 def render(records: Sequence[Record], device: str, jax: str) -> str:
-    """All of them, steps and kernels apart."""
+    """All of them, steps apart from what stands alone."""
     steps = [r for r in records if r.what == "step"]
-    kernels = [r for r in records if r.what == "kernel"]
+    alone = [r for r in records if r.what != "step"]
     parts = [HEAD.format(device=device, jax=jax)]
     if steps:
         parts.append(_table(_STEP, [_step(r) for r in steps]))
-    if kernels:
-        parts.append(_table(_KERNEL, [_kernel(r) for r in kernels]))
+    if alone:
+        parts.append(_table(_ALONE, [_alone(r) for r in alone]))
     return "\n\n".join(parts)
 
 
@@ -48,12 +49,12 @@ def _step(r: Record) -> list[str]:
     ]  # fmt: skip
 
 
-def _kernel(r: Record) -> list[str]:
+def _alone(r: Record) -> list[str]:
     if r.error:
-        return [r.name, "failed", *[""] * (len(_KERNEL) - 2)]
+        return [r.name, "failed", *[""] * (len(_ALONE) - 2)]
     registers = [f"{name} {count}" for name, (count, _) in sorted(r.assembled.items())]
     return [
-        r.name, f"{sum(r.per_layer.values()):g}", f"{r.temporaries / 1e6:.1f}",
+        r.name, f"{sum(r.per_layer.values()) + r.outside:g}", f"{r.temporaries / 1e6:.1f}",
         str(len(r.pool_copies)), str(len(r.weight_copies)), _spills(r), ", ".join(registers),
         f"{r.seconds:.1f}",
     ]  # fmt: skip
@@ -66,7 +67,7 @@ def _spills(r: Record) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need to be, names to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    text = lambda name: name in ("step", "kernel", "registers")  # noqa: E731
+    text = lambda name: name in ("step", "kernel or program", "registers")  # noqa: E731
     lines = [
         "  ".join(
             cell.ljust(width) if text(name) else cell.rjust(width)

@@ -92,6 +92,7 @@ MERGED, OURS = "merged", "jslora"
 
 def run(session: Session, plan: Plan, kernels: Kernels) -> None:
     """Our kernels and all baselines side by side, point by point."""
+    session.emit("planned", what="baseline", points=len(plan.baseline_points))
     contest = Contest(plan, kernels)
     for point in session.points(plan.baseline_points):
         session.attempt(

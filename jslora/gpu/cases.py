@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jslora.aot.cases import MODELS
 from jslora.batch import Bucket, Placement, RowPlan, Segment, int_fields, pack_step, views
 from jslora.bench import floor
 from jslora.blocks import pack_blocks
-from jslora.model.config import GROUPS, MODULES, ModelConfig
+from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.programs import Catalog, Sizes, slack
 from jslora.spans import pack_spans
 from pallas_kernels.launch import Kernels
@@ -26,11 +27,7 @@ from pallas_kernels.lora.reference import BlockShape, BlockWork
 from pallas_kernels.lora.segments import SegmentWork
 from pallas_kernels.paged_attention.rows import Rows
 
-LLAMA3_8B = ModelConfig(
-    architecture="LlamaForCausalLM", vocab_size=128256, hidden=4096, layers=32, heads=32,
-    kv_heads=8, head_dim=128, feed_forward=14336, max_positions=8192, norm_eps=1e-5,
-    rope_theta=500000.0,
-)  # fmt: skip
+LLAMA3_8B = from_hf(MODELS["llama3-8b"])
 TINY_MODEL = ModelConfig(
     architecture="LlamaForCausalLM", vocab_size=64, hidden=64, layers=2, heads=4, kv_heads=2,
     head_dim=16, feed_forward=128, max_positions=64,
@@ -63,9 +60,12 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Sizes of everything that is measured, largest first where time is short.
+    """Sizes of everything that is measured, in the order of importance.
 
     Attributes:
+        step_mixes: the first is the one that is profiled.
+        baseline_points: those with the most work come last, for the time that a point takes is
+            only known of those before it.
         chain: layers that one timed call walks.
         cold_bytes: distinct bytes that calls walk before the first are read again, several times
             what the device's caches hold.
@@ -89,10 +89,10 @@ class Plan:
         Mix(32, (8,)), Mix(32, (32,)), Mix(32, (64,)),
     )  # fmt: skip
     baseline_points: tuple[tuple[int, Mix], ...] = (
-        (64, Mix(8, (16,))), (64, Mix(32, (16,))), (64, Mix(32, (8, 16, 32, 64))),
-        (64, Mix(1, (16,))), (256, Mix(128, (16,))), (8, Mix(8, (16,))), (64, Mix(64, (16,))),
-        (256, Mix(8, (16,))), (64, Mix(32, (64,))), (8, Mix(1, (8,))), (256, Mix(32, (64,))),
-        (256, Mix(128, (8, 16, 32, 64))),
+        (64, Mix(8, (16,))), (64, Mix(32, (16,))), (64, Mix(1, (16,))), (8, Mix(8, (16,))),
+        (256, Mix(8, (16,))), (8, Mix(1, (8,))), (64, Mix(64, (16,))),
+        (64, Mix(32, (8, 16, 32, 64))), (64, Mix(32, (64,))), (256, Mix(128, (16,))),
+        (256, Mix(32, (64,))), (256, Mix(128, (8, 16, 32, 64))),
     )  # fmt: skip
     chain: int = 8
     cold_bytes: int = 250 * 10**6

@@ -61,6 +61,9 @@ class LoraCase:
     rows: int
     parts: tuple[Part, ...]
 
+    def __str__(self) -> str:
+        return f"lora, {self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
@@ -70,6 +73,9 @@ class AttentionCase:
     tokens: int
     batch: int
     rows: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return f"attention, {self.name}"
 
 
 # Cases -------------------------------------------------------------------------------------------
@@ -141,16 +147,14 @@ def run(session: Session, plan: Plan, kernels: Kernels) -> None:
 
 
 def _run(session: Session, plan: Plan, kernels: Kernels) -> None:
+    cases = len(lora_cases(plan)) + len(attention_cases(plan))
+    session.emit("planned", what="correctness", points=cases * len(LIMITS))
     for dtype in ("bfloat16", "float32"):
         bench = Bench(replace(plan, dtype=dtype), kernels)
         for case in session.points(lora_cases(plan)):
-            session.attempt(
-                f"lora, {case.name}, {dtype}", partial(check_lora, session, bench, case)
-            )
+            session.attempt(f"{case}, {dtype}", partial(check_lora, session, bench, case))
         for each in session.points(attention_cases(plan)):
-            session.attempt(
-                f"attention, {each.name}, {dtype}", partial(check_attention, session, bench, each)
-            )
+            session.attempt(f"{each}, {dtype}", partial(check_attention, session, bench, each))
 
 
 class Bench:

@@ -4,7 +4,8 @@ A timed call is what the engine dispatches for a step of greedy rows: the step's
 packed numbers from the host, then the sampling program; weights are random, and the rows stand at
 one position for good. "off" is a step compiled without any LoRA, which is what merged weights cost
 too; "idle" is the step with LoRA and an empty work list. Uniform ranks beside a mix of them say
-what the mix should cost.
+what the mix should cost. Mixes are timed in turns, each side by side with "off", the first ones
+first; what was timed is recorded at once, and the rest is skipped when the time is over.
 """
 
 from collections.abc import Hashable
@@ -41,6 +42,8 @@ from pallas_kernels.lora.api import Work
 
 SCALE = 1e-3
 OFF, IDLE = "off", "idle"
+FIRST_MIXES = 2
+"""Those that are timed before all others."""
 PROFILED = 5
 """Steps in a profile."""
 COMPILE_THREADS = 4
@@ -118,9 +121,17 @@ def run(session: Session, plan: Plan, kernels: Kernels) -> None:
     first = str(plan.step_mixes[0])
     finite = np.asarray(calls[first]())[: plan.step_rows, 1]
     session.emit("finite", rows=int(finite.sum()), of=plan.step_rows)
-    _measure(session, plan, kernels, calls)
+    for turn in session.points(turns(plan)):
+        _measure(session, plan, kernels, turn, calls)
     for name in (OFF, first):
         session.attempt(f"profile, {name}", partial(_profile, session, name, calls[name]))
+
+
+def turns(plan: Plan) -> list[tuple[str, ...]]:
+    """Names of what is timed side by side with "off", the most important first."""
+    names = [str(mix) for mix in plan.step_mixes]
+    rest = (IDLE, *names[FIRST_MIXES:])
+    return [(OFF, *names[:FIRST_MIXES]), *((name,) for name in rest)]
 
 
 def _calls(plan: Plan, catalog: Catalog, rows: list[RowPlan], behind: int) -> dict[str, Call]:
@@ -152,11 +163,18 @@ def _device(catalog: Catalog) -> Device:
     return Device(catalog.programs.weights(leaves), leaves[catalog.head], pages, slots)
 
 
-def _measure(session: Session, plan: Plan, kernels: Kernels, calls: dict[str, Call]) -> None:
-    timings = measure(calls, plan.rounds, 4 * plan.sample_seconds)
+def _measure(
+    session: Session, plan: Plan, kernels: Kernels, turn: tuple[str, ...], calls: dict[str, Call]
+) -> None:
+    """Record a turn; `off` is the time without LoRA in the same turn."""
+    timings = measure(
+        {name: calls[name] for name in dict.fromkeys((OFF, *turn))}, plan.rounds,
+        4 * plan.sample_seconds,
+    )  # fmt: skip
     none = Mix(0, (0,))
     named = {OFF: none, IDLE: none} | {str(mix): mix for mix in plan.step_mixes}
-    for name, mix in named.items():
+    for name in turn:
+        mix = named[name]
         cost = floor.step_floor(
             plan.model, mix.rows(plan.step_rows, plan.step_context), plan.item.itemsize
         )
@@ -164,7 +182,7 @@ def _measure(session: Session, plan: Plan, kernels: Kernels, calls: dict[str, Ca
             "step", name=name, lora=kernels.lora, attention=kernels.attention,
             batch=plan.step_rows, context=plan.step_context, adapters=mix.adapters,
             ranks=mix.ranks, **asdict(cost.total), base=asdict(cost.base),
-            **timings[name].record(),
+            off=timings[OFF].seconds, **timings[name].record(),
         )  # fmt: skip
 
 

@@ -53,7 +53,9 @@ Ys = tuple[Float[Array, "T out"], ...]
 
 def run_lora(session: Session, plan: Plan, kernels: Kernels) -> None:
     """LoRA over batches, adapters and ranks; the mixes of one batch share a program."""
-    most = max(mix_pages(plan, mix) for batch in plan.batches for mix in mixes(plan, batch))
+    points = [mix for batch in plan.batches for mix in mixes(plan, batch)]
+    session.emit("planned", what="lora", points=len(points))
+    most = max(mix_pages(plan, mix) for mix in points)
     catalog = one_layer(plan, most, max(plan.batches), kernels)
     pages = random_pool(pool_pages(plan), catalog)
     for batch in session.points(plan.batches):

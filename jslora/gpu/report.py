@@ -4,6 +4,7 @@ Floors are those of `jslora.bench.floor` at the ceilings measured on the same de
 run, never at a data sheet's. Host only: no jax.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ Record = dict[str, Any]
 STEP_GOALS = {8: 1.10, 32: 1.25}
 """Adapters of rank 16 at batch 64 and context 1,024: a step's time over that without LoRA."""
 MIX_GOAL, COPY_GOAL = 1.15, 0.70
+MEMORY_BOUND_BYTES = 20 * 10**6
+"""What a layer's LoRA must move for its time to be the memory's, not that of its launches: about
+what 8 adapters of rank 16 are in Llama-3-8B."""
 SHEETS = {"H100": floor.H100, "H200": floor.H200}
 
 
@@ -52,12 +56,38 @@ class Findings:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing that was checked was wrong, and no section failed or was killed."""
+        """Whether the chosen kernels were checked, nothing was wrong, and no section failed.
+
+        A section that outstayed its time has not failed; what it recorded counts.
+        """
         checked = self.of("correctness") + self.of("executable")
-        stopped = [how for how in self.document["sections"].values() if how.get("code")]
+        crashed = [
+            how for how in self.document["sections"].values()
+            if how.get("code") and not how.get("killed")
+        ]  # fmt: skip
         finite = all(record["rows"] == record["of"] for record in self.of("finite"))
         right = finite and all(record.get("ok", True) for record in checked)
-        return right and not (stopped or self.of("failed"))
+        return right and not (crashed or self.of("failed") or self.unchecked)
+
+    @property
+    def unchecked(self) -> str | None:
+        """The chosen kernels' check, if it was asked for and did not get through."""
+        section = f"correctness:{self.device['lora']}" if self.device else ""
+        if section not in self.document["sections"]:
+            return None
+        planned = self.planned("correctness", section)
+        complete = planned is not None and len(self.of("correctness", section=section)) >= planned
+        return None if complete else section
+
+    def planned(self, what: str, section: str) -> int | None:
+        """Points that a section set out to do; None if it did not come so far."""
+        found = self.of("planned", what=what, section=section)
+        return found[0]["points"] if found else None
+
+    def points(self, what: str, section: str, done: int) -> str:
+        """How many of a section's points were done, in words."""
+        planned = self.planned(what, section)
+        return f"{done} of {'?' if planned is None else planned} points"
 
 
 def render(document: dict[str, Any]) -> str:
@@ -117,20 +147,40 @@ def _correctness(findings: Findings) -> list[str]:
         groups.setdefault(key, []).append(record)
     rows = [
         (
-            *key, f"{sum(r['ok'] for r in own)}/{len(own)}", f"{max(r['error'] for r in own):.1e}",
-            f"{own[0]['limit']:.0e}",
+            *key, f"{sum(r['ok'] for r in own)}/{len(own)}", _worst(own), f"{own[0]['limit']:.0e}",
         )
         for key, own in groups.items()
     ]  # fmt: skip
     titles = ("correct against float64", "dtype", "cases", "worst error", "limit")
-    return [*(table(titles, rows) if rows else []), *_wrong(findings)]
+    return [*(table(titles, rows) if rows else []), *_checked(findings), *_wrong(findings)]
+
+
+def _worst(records: list[Record]) -> str:
+    """The largest error; one that is no number is larger than any."""
+    errors = [math.inf if r["error"] is None else r["error"] for r in records]
+    return _error(max(errors))
+
+
+def _error(error: float | None) -> str:
+    return "no number" if error is None or math.isinf(error) else f"{error:.1e}"
+
+
+def _checked(findings: Findings) -> list[str]:
+    """How many cases each implementation was checked in."""
+    lines = []
+    for record in findings.of("planned", what="correctness"):
+        done = len(findings.of("correctness", section=record["section"]))
+        lines.append(f"{record['section']}: {done} of {record['points']} cases checked")
+    if findings.unchecked:
+        lines.append(f"NOT CHECKED: {findings.unchecked}: not all cases of the chosen kernels ran")
+    return lines
 
 
 def _wrong(findings: Findings) -> list[str]:
     """Everything that was found wrong, or could not be had, a line each."""
     lines = [
         f"WRONG: {r['operation']}, {r['implementation']}, {r['dtype']}, {r['case']}: "
-        f"error {r['error']:.1e} {'; '.join(r['faults'])}"
+        f"error {_error(r['error'])} {'; '.join(r['faults'])}"
         for r in findings.of("correctness", ok=False)
     ]
     for r in findings.of("finite"):
@@ -153,16 +203,17 @@ def _steps(findings: Findings) -> list[str]:
         lines += [
             *([""] if lines else []),
             f"Decode step ({section}): batch {head['batch']}, context {head['context']}, greedy "
-            f"sampling included; lora {head['lora']}, attention {head['attention']}",
-            *table(titles, [_step(findings, r, records.get("off")) for r in records.values()]),
+            f"sampling included; lora {head['lora']}, attention {head['attention']}; each over "
+            "the off that was timed beside it",
+            *table(titles, [_step(findings, r) for r in records.values()]),
             *_step_goals(records),
         ]
     return lines
 
 
-def _step(findings: Findings, record: Record, off: Record | None) -> tuple[str, ...]:
+def _step(findings: Findings, record: Record) -> tuple[str, ...]:
     least, base = findings.floor_of(record), findings.floor_of(record["base"])
-    over = _ratio(record["seconds"], off["seconds"] if off else None)
+    over = _ratio(record["seconds"], record["off"])
     return (
         record["name"], _spread(record, 1e3), _number(least, 1e3),
         _share(least, record["seconds"]), over, _ratio(least, base), _host_bound(record),
@@ -171,12 +222,10 @@ def _step(findings: Findings, record: Record, off: Record | None) -> tuple[str, 
 
 def _step_goals(records: dict[str, Record]) -> list[str]:
     """What the step had to hold, and whether it does."""
-    if "off" not in records:
-        return []
     lines = []
     for adapters, goal in STEP_GOALS.items():
         if record := records.get(f"{adapters} x 16"):
-            ratio = record["seconds"] / records["off"]["seconds"]
+            ratio = record["seconds"] / record["off"]
             lines.append(_goal(f"{adapters} adapters of rank 16: {ratio:.3f} of off", ratio, goal))
     for record in records.values():
         if ratio := mix_ratio(record, records):
@@ -187,11 +236,16 @@ def _step_goals(records: dict[str, Record]) -> list[str]:
 
 def mix_ratio(record: Record, records: dict[str, Record]) -> float | None:
     """What a mix adds to a step, over the mean of what each of its ranks adds for all rows."""
-    ranks, off = record["ranks"], records["off"]["seconds"]
-    alone = [records[n]["seconds"] - off for n in _alone(record) if n in records]
+    ranks = record["ranks"]
+    alone = [_added(records[name]) for name in _alone(record) if name in records]
     if len(ranks) < 2 or len(alone) < len(ranks) or sum(alone) <= 0:
         return None
-    return (record["seconds"] - off) / (sum(alone) / len(alone))
+    return _added(record) / (sum(alone) / len(alone))
+
+
+def _added(record: Record) -> float:
+    """Seconds over the step without LoRA that was timed beside it."""
+    return record["seconds"] - record["off"]
 
 
 def _alone(record: Record) -> list[str]:
@@ -215,7 +269,32 @@ def _gaps(findings: Findings) -> list[str]:
 
 
 def _lora(findings: Findings) -> list[str]:
-    return _kernels(findings, "lora", lambda r: f"batch {r['batch']}, {r['mix']}")
+    lines = _kernels(findings, "lora", lambda r: f"batch {r['batch']}, {r['mix']}")
+    return lines + _copy_goals(findings)
+
+
+def _copy_goals(findings: Findings) -> list[str]:
+    """What the kernels had to reach of the copy, where the floor is the memory's."""
+    device, lines = findings.measured, []
+    if device is None:
+        return []
+    for section in dict.fromkeys(r["section"] for r in findings.of("lora")):
+        records = findings.of("lora", section=section)
+        shares = {
+            f"batch {r['batch']}, {r['mix']}": r["bytes"] / r["seconds"] / device.bandwidth
+            for r in records
+            if r["bytes"] >= MEMORY_BOUND_BYTES
+            and r["bytes"] / device.bandwidth >= r["flops"] / device.flops
+        }
+        points = findings.points("lora", section, len(records))
+        if shares:
+            where = min(shares, key=shares.__getitem__)
+            what = (
+                f"{section}: {shares[where]:.2f} of the copy at {where}, the least of the "
+                f"{len(shares)} that move {MEMORY_BOUND_BYTES / 1e6:.0f} MB; {points}"
+            )
+            lines.append(_goal(what, shares[where], COPY_GOAL, least=True))
+    return lines
 
 
 def _attention(findings: Findings) -> list[str]:
@@ -245,19 +324,26 @@ def _kernel(findings: Findings, record: Record) -> tuple[str, ...]:
 def _baselines(findings: Findings) -> list[str]:
     records = findings.of("baseline")
     names = [*dict.fromkeys(r["name"] for r in records)]
-    rows = []
+    rows, ahead = [], {}
     for batch, mix in dict.fromkeys((r["batch"], r["mix"]) for r in records):
         own = {r["name"]: r["seconds"] for r in findings.of("baseline", batch=batch, mix=mix)}
+        if not {"jslora", "merged"} < own.keys():  # cut off when the time was over
+            continue
         others = [seconds for name, seconds in own.items() if name not in ("jslora", "merged")]
-        ahead = _ratio(min(others, default=None), own.get("jslora"))
+        point, ours, base = f"batch {batch}, {mix}", own["jslora"], own["merged"]
+        ahead[point] = min(others) / ours
         times = (_number(own.get(name), 1e6) for name in names)
-        rows.append((f"batch {batch}, {mix}", *times, ahead))
+        rows.append((point, *times, f"{ahead[point]:.3f}", _ratio(base + ours, base)))
     if not rows:
         return []
+    worst = min(ahead, key=ahead.__getitem__)
+    points = findings.points("baseline", records[0]["section"], len(rows))
     return [
-        *table(("us a layer", *names, "best other/ours"), rows),
-        "merged: the base products alone, to which each of the others comes in addition",
-    ]
+        *table(("us a layer", *names, "best other/ours", "base + ours/merged"), rows),
+        "merged: the base products alone, for one adapter at a time; the others come in addition",
+        _goal(f"best other over ours {ahead[worst]:.3f} at {worst}, the least; {points}",
+              ahead[worst], 1.0, least=True),
+    ]  # fmt: skip
 
 
 def _executable(findings: Findings) -> list[str]:
@@ -272,27 +358,30 @@ def _executable(findings: Findings) -> list[str]:
     says = "runs" if last.get("ran") else "was loaded, and did not run"
     if "ok" in last:
         right = "and computes the same" if last["ok"] else "and computes SOMETHING ELSE"
-        says += f" {right} (error {last['error']:.1e}, limit {last['limit']:.0e})"
+        says += f" {right} (error {_error(last['error'])}, limit {last['limit']:.0e})"
     return [f"Executable compiled without a GPU, by jax {last['jax']} for {last['device']}: {says}"]
 
 
 def _left_out(findings: Findings) -> list[str]:
     lines = [
-        f"{record['section']}: no time for {', '.join(record['points'])}"
+        f"{record['section']}: no time for {'; '.join(record['points'])}"
         for record in findings.of("skipped")
     ]
     for section, how in findings.document["sections"].items():
         if how.get("skipped"):
-            lines.append(f"{section}: skipped, no time left")
+            lines.append(f"{section}: skipped, too little time left")
         elif how.get("killed"):
-            lines.append(f"{section}: killed after {how['seconds']} s")
+            lines.append(f"{section}: out of time, killed after {how['seconds']} s")
         elif how.get("code"):
             lines.append(f"{section}: ended with code {how['code']}; see the log")
     return ["Left out:", *lines] if lines else []
 
 
-def _goal(what: str, value: float, goal: float) -> str:
-    return f"{'holds' if value <= goal else 'MISSED'}: {what} (at most {goal:.2f})"
+def _goal(what: str, value: float, goal: float, *, least: bool = False) -> str:
+    holds = value >= goal if least else value <= goal
+    return (
+        f"{'holds' if holds else 'MISSED'}: {what} (at {'least' if least else 'most'} {goal:.2f})"
+    )
 
 
 def _first_line(text: str) -> str:

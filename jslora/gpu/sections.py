@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.dup2(2, 1)
 
     def emit(record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=records, flush=True)
+        print(json.dumps(record, allow_nan=False), file=records, flush=True)
 
     plan = TINY if args.tiny else FULL
     run(Session(args.section, emit, args.seconds), plan, args.dump, args.executable)

@@ -1,5 +1,6 @@
 """What a section is given: somewhere to put records, and how much time is left."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,15 +23,21 @@ class Session:
         return self._end - self._clock()
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Record something; `kind` says which columns the report gives it."""
-        self._emit({"section": self.section, "kind": kind, **fields})
+        """Record something; `kind` says which columns the report gives it.
+
+        What is no number becomes None, for JSON has neither infinity nor NaN.
+        """
+        self._emit({"section": self.section, "kind": kind, **_finite(fields)})
 
     def points[T](self, points: Iterable[T]) -> Iterator[T]:
-        """The points one after the other, as long as another as slow as the slowest fits."""
+        """The points one after the other, as long as another as slow as the slowest fits.
+
+        A point that is larger than all before may outstay the time: put the largest last.
+        """
         todo, slowest = list(points), 0.0
         for done, point in enumerate(todo):
             if self.left <= slowest:
-                self.emit("skipped", points=[str(skipped) for skipped in todo[done:]])
+                self.emit("skipped", points=[_label(skipped) for skipped in todo[done:]])
                 return
             started = self._clock()
             yield point
@@ -45,3 +52,16 @@ class Session:
             self.emit("failed", what=what, error=text[:2000])
             return False
         return True
+
+
+def _label(point: Any) -> str:
+    return ", ".join(map(str, point)) if isinstance(point, tuple) else str(point)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

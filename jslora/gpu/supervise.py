@@ -1,7 +1,8 @@
 """Run sections, each in a process of its own, within a budget, and keep what they record.
 
-The order is that of importance; a section is skipped when too little is left for it, and killed
-when it outstays its share, and the document says so. The document is written anew whenever
+The order is that of importance, and the shares of the chosen implementation's sections fit into the
+usual budget together. A section is skipped when less is left than it needs to record anything, and
+killed when it outstays its share, and the document says so. The document is written anew whenever
 something was recorded, so a kill loses little. Nothing here touches the device or imports jax.
 """
 
@@ -24,7 +25,7 @@ IMPLEMENTATIONS = ("triton", "pallas", "reference")
 ROOT = Path(__file__).parents[2]
 SCHEMA = 1
 LEAST_SECONDS = 15.0
-"""Below this a section would not get past starting jax and compiling."""
+"""Below this no section would get past starting jax and compiling."""
 GRACE_SECONDS = 10.0
 """Between the end of a section's share and its kill: the point in hand may end."""
 
@@ -34,6 +35,7 @@ class Task:
     """A section and its share of the budget at most, in seconds.
 
     Attributes:
+        least: seconds below which it is not started.
         flags: for XLA, beside those that are set already.
         environment: further variables.
         options: arguments of the section's process.
@@ -44,6 +46,7 @@ class Task:
     flags: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    least: float = LEAST_SECONDS
 
 
 Group = tuple[Task, ...]
@@ -81,7 +84,7 @@ class Document:
 
     def _save(self) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(json.dumps(self.data(), indent=1) + "\n")
+        partial.write_text(json.dumps(self.data(), indent=1, allow_nan=False) + "\n")
         partial.replace(self.path)
 
 
@@ -115,14 +118,15 @@ class Supervisor:
     def run(self, groups: Sequence[Group]) -> None:
         """Run what there is time for; the rest is skipped, by name."""
         for group in groups:
-            if self.left < LEAST_SECONDS + GRACE_SECONDS:
-                for task in group:
-                    self._say(f"{task.section}: skipped, no time left")
+            left = self.left - GRACE_SECONDS
+            for task in group:
+                if left < task.least:
+                    self._say(f"{task.section}: skipped, too little time left")
                     self.document.end(task.section, skipped=True)
-                continue
+            started = [task for task in group if left >= task.least]
             with ThreadPoolExecutor(len(group)) as pool:
                 try:
-                    for done in [pool.submit(self._run, task) for task in group]:
+                    for done in [pool.submit(self._run, task) for task in started]:
                         done.result()
                 except BaseException:
                     for process in [*self._running]:
@@ -138,14 +142,20 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             self._running.add(process)
-            timer = threading.Timer(seconds + GRACE_SECONDS, process.kill)
+            over = threading.Event()
+
+            def stop() -> None:
+                over.set()
+                process.kill()
+
+            timer = threading.Timer(seconds + GRACE_SECONDS, stop)
             timer.start()
             found = sum(self._record(line) for line in process.stdout or ())
             code = process.wait()
             timer.cancel()
             self._running.remove(process)
         took = self._clock() - started
-        killed = code == -signal.SIGKILL
+        killed = over.is_set() and code == -signal.SIGKILL  # others kill too, for memory
         self.document.end(
             task.section, seconds=round(took, 1), records=found, code=code, killed=killed
         )  # fmt: skip
@@ -180,7 +190,7 @@ def work_folder() -> Iterator[Path]:
 def first_group(folder: Path, *, tiny: bool) -> list[Group]:
     """What there is; it decides whether anything else runs, and which implementation first."""
     dump = folder / "dump"
-    task = Task("device", 60, f"--xla_dump_to={dump}", _memory(folder), ("--dump", str(dump)))
+    task = Task("device", 40, f"--xla_dump_to={dump}", _memory(folder), ("--dump", str(dump)))
     return _sized([(task,)], tiny)
 
 
@@ -190,26 +200,37 @@ def groups(folder: Path, chosen: str, executable: Path, *, tiny: bool) -> list[G
     shared = memory | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     other = "pallas" if chosen != "pallas" else "triton"
     found: list[Group] = [
-        (Task("ceilings", 40, "", memory),),
-        tuple(Task(f"correctness:{name}", 90, "", shared) for name in IMPLEMENTATIONS),
-        (Task(f"step:{chosen}", 150, "", memory),),
-        (Task(f"lora:{chosen}", 60, "", memory),),
-        (Task(f"baselines:{chosen}", 75, "", memory),),
-        (Task(f"uncaptured:{chosen}", 80, "--xla_gpu_enable_command_buffer=", memory),),
-        (Task("executable", 60, "", memory, ("--executable", str(executable))),),
-        (Task(f"step:{other}", 120, "", memory),),
-        (Task(f"attention:{chosen}", 50, "", memory),),
-        (Task(f"lora:{other}", 50, "", memory),),
-        (Task(f"attention:{other}", 50, "", memory),),
+        (Task("ceilings", 20, "", memory, least=10),),
+        tuple(Task(f"correctness:{name}", 80, "", shared, least=40) for name in IMPLEMENTATIONS),
+        (Task(f"step:{chosen}", 110, "", memory, least=60),),
+        (Task(f"lora:{chosen}", 45, "", memory, least=20),),
+        (Task(f"attention:{chosen}", 35, "", memory, least=20),),
+        (Task(f"baselines:{chosen}", 55, "", memory, least=25),),
+        (Task("executable", 30, "", memory, ("--executable", str(executable)), least=20),),
+        (Task(f"uncaptured:{chosen}", 55, "--xla_gpu_enable_command_buffer=", memory, least=40),),
+        (Task(f"step:{other}", 110, "", memory, least=60),),
+        (Task(f"lora:{other}", 45, "", memory, least=20),),
+        (Task(f"attention:{other}", 35, "", memory, least=20),),
     ]
     return _sized(found, tiny)
 
 
 def only(found: Sequence[Group], names: str | None) -> list[Group]:
     """The tasks whose sections begin with one of the names, all without names."""
-    wanted = tuple(names.split(",")) if names else ("",)
+    wanted = _names(names) if names else ("",)
     kept = [tuple(task for task in group if task.section.startswith(wanted)) for group in found]
     return [group for group in kept if group]
+
+
+def unmatched(found: Sequence[Group], names: str) -> list[str]:
+    """The names that no task's section begins with."""
+    sections = [task.section for group in found for task in group]
+    wanted = _names(names) or (names,)
+    return [name for name in wanted if not any(each.startswith(name) for each in sections)]
+
+
+def _names(names: str) -> tuple[str, ...]:
+    return tuple(name for name in names.split(",") if name)
 
 
 def _sized(found: Sequence[Group], tiny: bool) -> list[Group]:

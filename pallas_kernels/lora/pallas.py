@@ -26,6 +26,7 @@ from pallas_kernels.lora.tiles import (
     INTERPRETED_PROGRAMS,
     Rows,
     Tiles,
+    check_blocks,
     expand_tiles,
     in_blocks,
     shrink_tiles,
@@ -73,6 +74,7 @@ def _shrink(
     """The low-rank products of all pairs: `shape.low` numbers for each split and module."""
     page = math.prod(pages.shape[1:])
     tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
+    check_blocks(pages.size, tiles.columns)
     programs = INTERPRETED_PROGRAMS if interpret else tiles.programs
     kernel = partial(
         _shrink_kernel, modules=modules, rows=in_blocks(x.shape[1], page, tiles.columns),
@@ -108,6 +110,7 @@ def _expand(
     assert sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
     page = math.prod(pages.shape[1:])
     tiles = expand_tiles(widths, page, shape, pages.dtype)
+    check_blocks(pages.size, tiles.columns)
     programs = INTERPRETED_PROGRAMS if interpret else tiles.programs
     kernel = partial(
         _expand_kernel, modules=modules,
@@ -183,6 +186,8 @@ def _low_rank(
     ours = jnp.broadcast_to(ours, (len(token), width))
 
     def add_run(r: Scalar, total: Array, run: Scalar) -> Array:
+        # It can be negative; only with c added is it an index, which must not be (Pallas extends
+        # it to 64 bits as if unsigned).
         place = factor.place(r * run) - r * run
 
         def add_block(c: Scalar, total: Array) -> Array:

@@ -3,8 +3,9 @@
 A pair is an adapter and a span of consecutive tokens, at most `SegmentShape.span` of them. The
 shrink kernel writes a pair's low-rank product into a flat float32 buffer, where the host said; the
 expand kernel adds to the base output what the pairs of one span make, in the list's order, so that
-several adapters over the same tokens are exact and deterministic. Rows without an adapter are in no
-pair.
+several adapters over the same tokens are exact and deterministic. The spans cover every token of
+the step once: those without an adapter are in pairs of rank 0, which read nothing of the pool,
+because what follows a sum (`finish`) is done for them too.
 
 Programs are as many as the device takes at once and stride over the list, whose length is an
 argument: no grid is sized for the worst case, ranks are looped over up to the true rank of each
@@ -12,7 +13,8 @@ adapter in each layer and module, and a column block is read from the page that 
 
 Invariants: numbers beyond an adapter's rank, tokens beyond a span, columns beyond a row are masked
 where they are loaded, both operands of every product and the result; a weight that is not finite
-reaches its own pair's tokens only. Offsets into the pool are 64-bit.
+reaches its own pair's tokens only. A column block of the pool has a 32-bit number, and a 64-bit
+offset.
 """
 
 from typing import NamedTuple
@@ -40,19 +42,25 @@ def segment_shape(tokens: int, max_rank: int, *, prefill: bool) -> SegmentShape:
 
 
 class Pair(NamedTuple):
-    """The integer fields of a pair, in the order they are packed."""
+    """The integer fields of a pair, in the order they are packed.
 
-    start: Int32[Array, ""]  # first token
+    Attributes:
+        start, tokens: the span.
+        chain: pairs of the span if this is its first, which the others follow; 0 in those.
+        low: where its low-rank product begins; that of a token and rank lies
+            `token * stride + rank` behind.
+        stride: the adapter's highest rank in any layer and module.
+        pages: where its pages begin in the page list.
+        split: 1 when its pages do not follow each other.
+    """
+
+    start: Int32[Array, ""]
     tokens: Int32[Array, ""]
-    chain: Int32[
-        Array, ""
-    ]  # pairs of this span, this one first; 0 when it is not the span's first pair
-    low: Int32[
-        Array, ""
-    ]  # where its low-rank product begins: (token, rank) lies `token * stride + rank` behind
-    stride: Int32[Array, ""]  # the adapter's highest rank in any layer and module
-    pages: Int32[Array, ""]  # where its pages begin in the page list
-    split: Int32[Array, ""]  # 1 when its pages do not follow each other
+    chain: Int32[Array, ""]
+    low: Int32[Array, ""]
+    stride: Int32[Array, ""]
+    pages: Int32[Array, ""]
+    split: Int32[Array, ""]
     unused: Int32[Array, ""]
 
 

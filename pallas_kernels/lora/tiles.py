@@ -26,7 +26,7 @@ class Tiles(NamedTuple):
         ranks: ranks in a block, at least 16: a matrix unit takes no fewer.
         columns: columns in a block; they divide the factors' rows and the pieces these lie in.
         warps, stages: of a program, and of its pipelined loads.
-        programs: as many as run at once at the registers and shared memory that they take.
+        programs: meant to be as many as run at once; striding makes any number correct.
     """
 
     ranks: int
@@ -69,3 +69,9 @@ class Rows(NamedTuple):
 def in_blocks(row: int, page: int, columns: int) -> Rows:
     """The same for rows and pages of so many numbers."""
     return Rows(row // columns, piece_width(row, page) // columns, page // columns)
+
+
+def check_blocks(numbers: int, columns: int) -> None:
+    """Kernels number a pool's column blocks in 32 bits."""
+    blocks = numbers // columns
+    assert blocks < 2**31, f"a pool of {numbers} numbers has {blocks} blocks of {columns} columns"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.launch import import_jax_triton
 from pallas_kernels.lora.finish import Finish
 from pallas_kernels.lora.segments import SegmentShape, SegmentWork
-from pallas_kernels.lora.tiles import Tiles, expand_tiles, in_blocks, shrink_tiles
+from pallas_kernels.lora.tiles import Tiles, check_blocks, expand_tiles, in_blocks, shrink_tiles
 
 
 def add_lora(
@@ -41,6 +41,7 @@ def add_lora(
     assert sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
     where, page = jnp.stack([first_page, layer]), math.prod(pages.shape[1:])
     tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
+    check_blocks(pages.size, tiles.columns)
     low = call(
         where, work.pairs, work.total, work.table, work.page_list, pages, x,
         kernel=triton_kernels.shrink, name="lora_shrink",
@@ -49,6 +50,7 @@ def add_lora(
         **shrink_constants(x.shape[1], page, work, modules, shape, tiles, tiles.programs),
     )  # fmt: skip
     tiles = expand_tiles(widths, page, shape, pages.dtype)
+    check_blocks(pages.size, tiles.columns)
     expand = partial(
         call, where, work.pairs, work.total, work.table, work.scale, work.page_list, pages, low,
         name="lora_expand", grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,

@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention.cut import Cut
 from pallas_kernels.paged_attention.rows import Rows
 
 PROGRAMS = 132 * 8
-"""Twice as many as run at once or more, so that the last ones even out the load."""
+"""Meant to be twice as many as run at once, so that the last even out the load; not timed."""
 INTERPRETED_PROGRAMS = 2
 """An interpreter runs programs one after the other; several, so that they stride."""
 STAGES = 3
@@ -27,7 +27,7 @@ TILE_BYTES = 16 << 10
 POSITIONS = 64
 """Positions of a block at most: the scores of more would crowd the registers."""
 BLOCK_BYTES = {2: 16 << 10, 4: 4 << 10}
-"""Keys of a block at most, by the size of a number: four programs' blocks fit a processor at once.
+"""Keys of a block at most, by the size of a number: four programs' blocks should fit a processor.
 
 Products of float32 numbers are not for tensor cores, and hold their factors in registers.
 """

@@ -1,6 +1,6 @@
 """Recording what a compiler says, with this CPU in the GPU's place and the reference operations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -54,8 +54,8 @@ def test_a_step_is_recorded(shop: Workshop) -> None:
     (shop.words / "1.txt").write_text(WORDS)
     (found,) = records(CASE, shop)
     assert (found.name, found.what, found.rows) == ("tiny decode reference lora", "step", 8)
-    assert 0.9 * POOL_BYTES < found.pool < 1.1 * POOL_BYTES
-    assert found.aliased >= found.pool and found.pool_copies == []
+    assert 0.9 * POOL_BYTES < found.donated < 1.1 * POOL_BYTES
+    assert found.aliased >= found.donated and found.pool_copies == []
     assert found.loops, "the reference loops over its work lists"
     assert found.assembled == {"attend": [40, 4]}, "whatever spills is told"
     config = from_hf(TINY)
@@ -76,6 +76,50 @@ def test_kernels_are_recorded_alone(shop: Workshop) -> None:
     assert all(record.what == "kernel" and record.temporaries > 0 for record in found)
 
 
+def test_all_programs_but_steps_are_recorded(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = 2**24  # more in each layer than one upload
+    monkeypatch.setitem(cases.POOL_BYTES, "tiny", pool)
+    case = replace(CASE, what="programs", phase="")
+    start = "tiny reference programs "
+    found = {record.name.removeprefix(start): record for record in records(case, shop)}
+    assert found.keys() == {
+        "write", "admit", "score", "sample greedy", "sample draw", "sample filter",
+    }  # fmt: skip
+    assert {record.what for record in found.values()} == {"program"}
+    assert all(record.outside > 0 for record in found.values())
+    write, slots = found["write"], make_catalog(case, case.layers).slots()
+    assert 0.9 * pool < write.donated == write.aliased < 1.1 * pool
+    assert write.pool_copies == []
+    for name in ("admit", "sample greedy", "sample draw", "sample filter"):
+        assert found[name].donated == sum(leaf.size * leaf.dtype.itemsize for leaf in slots)
+    assert found["score"].donated == 0
+
+
+def figures(function: Callable[[Any], Any], donated: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Of a program that is given the pool."""
+    catalog, mesh = make_catalog(CASE, 3), build.device_mesh(1)
+    arguments = build._everywhere((catalog.pool(),), mesh)
+    program = build.Program("program", function, donated, arguments, {})
+    compiled = build._compile(program, mesh, catalog.pool().size)
+    kernel = replace(compiled.launches[0], kind="kernel", label="attend")
+    compiled = replace(compiled, launches=[*compiled.launches, kernel])
+    return build._figures(compiled, catalog, [Assembled("other", 32, 0)])
+
+
+def test_one_layer_of_the_pool_in_new_memory_is_a_copy() -> None:
+    pages = make_catalog(CASE, 3).geometry.pages
+    assert figures(lambda pool: pool[pages : 2 * pages] + 1)["pool_copies"] != []
+    assert figures(lambda pool: pool[pages : 2 * pages - 1] + 1)["pool_copies"] == []
+    assert figures(lambda pool: pool * 2)["pool_copies"] != []
+
+
+def test_kernels_whose_registers_were_not_read_are_known() -> None:
+    found = figures(lambda pool: pool[:1] + 1)
+    assert (found["launched"], found["assembled"]) == (["attend"], {})
+
+
 def test_a_layer_is_the_difference_of_two_programs() -> None:
     def compiled(*names: str) -> build.Compiled:
         instruction = hlo.Instruction("x", "fusion", (), (), "", False)
@@ -83,7 +127,7 @@ def test_a_layer_is_the_difference_of_two_programs() -> None:
             launches.Launch(*name.split(), instruction, bytes=0, rewrites=False)  # type: ignore[misc]
             for name in names
         ]
-        return build.Compiled(None, made, 0.0)
+        return build.Compiled(None, made, donated=0, seconds=0.0)
 
     embed, gemm, add, late = "fusion gather", "product gemm", "fusion add", "collective all-reduce"
     small = compiled(embed, *[gemm] * 8, *[add] * 2)

@@ -95,3 +95,8 @@ def test_the_full_plan_fits_the_smallest_device_it_is_for() -> None:
     assert FULL.wide_numbers > 2**31, "offsets beyond 32 bits are checked"
     for batch, mix in FULL.baseline_points:
         assert batch % mix.adapters == 0 and len(mix.ranks) <= mix.adapters
+
+
+def test_the_baselines_points_with_the_most_work_come_last() -> None:
+    work = [batch * mix.adapters * max(mix.ranks) for batch, mix in FULL.baseline_points]
+    assert sorted(work)[-5:] == work[-5:]

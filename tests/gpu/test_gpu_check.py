@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import gpu_check
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 BARE = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "jaxtyping", "PyYAML")
@@ -86,7 +88,7 @@ def test_hidden_packages_cannot_be_imported(bare: dict[str, str]) -> None:
 
 def test_a_tiny_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path) -> None:
     """From the supervisor through sections to the table; no jax-triton, no plot."""
-    only = "correctness:triton,attention:reference,executable"
+    only = "correctness:triton,step:reference,attention:reference,attention:pallas,executable"
     missing = ("--executable", str(tmp_path / "none.xla"))
     done = run(bare, "--tiny", "--out", str(tmp_path), "--only", only, *missing)
     assert done.returncode == 0, (
@@ -96,13 +98,22 @@ def test_a_tiny_run_on_a_bare_machine(bare: dict[str, str], tmp_path: Path) -> N
     )
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     kinds = {record["kind"] for record in found["records"]}
-    assert kinds == {"device", "unavailable", "attention", "executable"}
-    assert list(found["sections"]) == [
-        "device", "correctness:triton", "executable", "attention:reference"
-    ]  # fmt: skip
+    assert kinds == {"device", "unavailable", "finite", "step", "gaps", "attention", "executable"}
+    assert sorted(found["sections"]) == sorted(["device", *only.split(",")])
+    ran = {r["implementation"] for r in found["records"] if r["kind"] == "attention"}
+    assert ran == {"reference", "pallas"}
     assert "Tiny shapes" in done.stdout and "attention kernels, one layer" in done.stdout
     assert "no plot: matplotlib is not installed" in done.stdout
     assert not (tmp_path / "gpu_check.png").exists()
+
+
+def test_a_section_that_is_none_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_check.main(["--tiny", "--out", str(tmp_path), "--only", "step,typo"]) == 2
+    says = capsys.readouterr().err
+    assert "no section begins with 'typo'; there are device, ceilings, correctness:triton" in says
+    assert not (tmp_path / "gpu_check.json").exists(), "before anything ran"
 
 
 def test_without_a_gpu_it_says_so(bare: dict[str, str], tmp_path: Path) -> None:

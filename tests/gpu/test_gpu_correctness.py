@@ -1,7 +1,9 @@
 """Right kernels are found right, and each way of being wrong is found and named."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +23,9 @@ from jslora.gpu.correctness import (
     check_lora,
     lora_cases,
 )
+from jslora.gpu.report import render
 from jslora.gpu.session import Session
+from jslora.gpu.supervise import Document
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import add_lora
 from pallas_kernels.lora.finish import Finish
@@ -131,10 +135,24 @@ def test_wrong_lora_is_found(
 ) -> None:
     record = told(check_lora, bench, case, operation)
     assert not record["ok"]
-    if fault:
+    if operation is nan_spread:
+        assert record["error"] is None, "no number"
+    elif fault:
         assert any(fault in text for text in record["faults"]), record["faults"]
     else:
         assert record["error"] > record["limit"]
+
+
+def test_an_error_that_is_no_number_leaves_the_file_json(bench: Bench, tmp_path: Path) -> None:
+    document = Document(tmp_path / "gpu_check.json", {"tiny": True})
+    check_lora(Session("s", document.add, 60), bench, BAD, nan_spread)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(document.path.read_text(), parse_constant=refuse)
+    assert found["records"][0]["error"] is None
+    assert "error no number" in render(found)
 
 
 @pytest.mark.parametrize("finish", [Finish.GATED, Finish.RESIDUAL])
@@ -179,7 +197,8 @@ def another_layer(q: Any, pages: Any, first: Any, rows: Any, **more: Any) -> jax
 @pytest.mark.parametrize("operation", [one_position_too_many, one_position_too_few, another_layer])
 def test_wrong_attention_is_found(bench: Bench, operation: Operation, case: str) -> None:
     record = told(check_attention, bench, ATTENTION[case], operation)
-    assert not record["ok"] and record["error"] > record["limit"]
+    assert not record["ok"]
+    assert record["error"] is None or record["error"] > record["limit"]  # None: it read poison
 
 
 # The oracle --------------------------------------------------------------------------------------

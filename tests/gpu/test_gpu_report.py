@@ -25,11 +25,11 @@ def step(name: str, seconds: float, adapters: int = 0, ranks: tuple[int, ...] = 
     return record(
         "step:triton", "step", name=name, lora="triton", attention="triton", batch=64,
         context=1024, adapters=adapters, ranks=list(ranks), bytes=24 * 10**9, flops=10**12,
-        base={"bytes": 20 * 10**9, "flops": 10**12}, **times(seconds),
+        base={"bytes": 20 * 10**9, "flops": 10**12}, off=0.008, **times(seconds),
     )  # fmt: skip
 
 
-def checked(ok: bool, error: float = 1e-3, *faults: str) -> dict[str, Any]:
+def checked(ok: bool, error: float | None = 1e-3, *faults: str) -> dict[str, Any]:
     return record(
         "correctness:triton", "correctness", operation="lora", implementation="triton",
         case="every row its own adapter", dtype="bfloat16", error=error, limit=1e-2,
@@ -82,6 +82,13 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
+PLANNED = [
+    record("correctness:triton", "planned", what="correctness", points=2),
+    record("lora:triton", "planned", what="lora", points=40),
+    record("baselines:triton", "planned", what="baseline", points=12),
+]  # fmt: skip
+
+
 def document(*records: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(HEAD | {"sections": sections, "records": records}))
 
@@ -122,10 +129,38 @@ def test_kernels_and_baselines() -> None:
     # 24 MB in 10 us: 2400 GB/s, of 3000
     assert line(text, "triton, batch 64, 8 x 16").endswith("24.0 2,400 80% 80%")
     assert line(text, "triton, batch 64, context 1024").endswith("268.0 2,680 89% 89%")
-    assert line(text, "batch 64, 8 x 16") == "batch 64, 8 x 16 12 30 60 150 2.500"
+    # 30 over 12; 150 + 12 over 150
+    assert line(text, "batch 64, 8 x 16") == "batch 64, 8 x 16 12 30 60 150 2.500 1.080"
     assert line(text, "step:triton, off") == "step:triton, off 8 500 7.9 7.5 0.4"
     assert line(text, "uncaptured:triton, off") == "uncaptured:triton, off - - - - -"
     assert "by jax 0.11.2 for NVIDIA H100: runs and computes the same" in text
+
+
+def test_goals_of_kernels_and_baselines() -> None:
+    text = render(document(*EVERYTHING, *PLANNED))
+    assert (
+        "holds: lora:triton: 0.80 of the copy at batch 64, 8 x 16, the least of the 1 that move "
+        "20 MB; 2 of 40 points (at least 0.70)"
+    ) in text
+    assert (
+        "holds: best other over ours 2.500 at batch 64, 8 x 16, the least; 1 of 12 points "
+        "(at least 1.00)"
+    ) in text
+    slow, late = ([r | {"batch": 8, "seconds": 20e-6 if r["name"] == "jslora" else 19e-6}
+                   for r in BASELINES], [LORA[0] | {"batch": 8, "seconds": 12e-6}])  # fmt: skip
+    text = render(document(*EVERYTHING, *PLANNED, *slow, *late))
+    assert "MISSED: best other over ours 0.950 at batch 8, 8 x 16, the least; 2 of 12" in text
+    assert "MISSED: lora:triton: 0.67 of the copy at batch 8, 8 x 16, the least of the 2" in text
+
+
+def test_a_point_that_was_cut_off_is_left_out() -> None:
+    text = render(document(*EVERYTHING, *PLANNED, BASELINES[0] | {"batch": 8}))
+    assert "batch 8" not in text and "1 of 12 points" in text
+
+
+def test_work_that_products_bound_has_no_goal_of_bandwidth() -> None:
+    heavy = [LORA[0] | {"flops": 10**12, "seconds": 1.0}]
+    assert "of the copy at" not in render(document(DEVICE, *CEILINGS, *heavy))
 
 
 def test_nothing_measured_says_nothing() -> None:
@@ -138,6 +173,7 @@ def test_nothing_measured_says_nothing() -> None:
     ("wrong", "says"),
     [
         (checked(False, 0.3), "WRONG: lora, triton, bfloat16, every row its own adapter"),
+        (checked(False, None), "error no number"),
         (checked(False, 1e-3, "3 rows without an adapter changed"), "3 rows without an adapter"),
         (record("step:triton", "finite", rows=3, of=64), "logits of 3 of 64 rows finite"),
         (record("lora:triton", "failed", what="lora, batch 8", error="XlaError: bad\nmore"),
@@ -160,11 +196,41 @@ def test_what_was_left_out_is_told() -> None:
         baselines={"skipped": True}, executable={"seconds": 70.1, "code": -9, "killed": True},
     )  # fmt: skip
     text = render(found)
-    assert "lora:triton: no time for 128, 256" in text
-    assert "baselines: skipped, no time left" in text
-    assert "executable: killed after 70.1 s" in text
+    assert "lora:triton: no time for 128; 256" in text
+    assert "baselines: skipped, too little time left" in text
+    assert "executable: out of time, killed after 70.1 s" in text
     assert "not available: correctness:triton: no triton" in text
-    assert not Findings(found).sound, "a section was killed"
+    assert Findings(found).sound, "being late is not being wrong"
+
+
+@pytest.mark.parametrize("code", [1, -6, -9, -11])
+def test_a_section_that_crashed_fails(code: int) -> None:
+    ended = {"seconds": 9.0, "code": code, "killed": False}
+    found = document(*EVERYTHING, **{"lora:triton": ended})
+    assert not Findings(found).sound
+    assert f"lora:triton: ended with code {code}; see the log" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("records", "how"),
+    [
+        ([], {"skipped": True}),
+        ([], {"seconds": 9.0, "code": -9, "killed": True}),
+        (PLANNED[:1], {"seconds": 9.0, "code": 0, "killed": False}),
+    ],
+)
+def test_chosen_kernels_that_were_not_checked_to_the_end_fail(
+    records: list[dict], how: dict[str, Any]
+) -> None:
+    name = "correctness:triton"
+    found = document(*EVERYTHING, *records, **{name: how})
+    assert not Findings(found).sound
+    assert f"NOT CHECKED: {name}" in render(found)
+    assert not records or f"{name}: 1 of 2 cases checked" in render(found)
+    done = document(*EVERYTHING, checked(True), *PLANNED, **{name: how})
+    assert Findings(done).sound and "2 of 2 cases checked" in render(done)
+    other = document(*EVERYTHING, **{"correctness:pallas": how})
+    assert Findings(other).sound, "only the chosen kernels must be checked"
 
 
 def test_tiny_shapes_claim_nothing() -> None:

@@ -15,8 +15,9 @@ import pytest
 
 from jslora.bench import floor
 from jslora.gpu import decode, executable, kernels, sections
-from jslora.gpu.cases import TINY, TINY_MODEL, Mix, decode_bucket
+from jslora.gpu.cases import FULL, TINY, TINY_MODEL, Mix, decode_bucket
 from jslora.gpu.session import Session
+from jslora.gpu.timing import measure
 from jslora.programs import Catalog, Sizes
 from pallas_kernels import launch
 from pallas_kernels.launch import Kernels
@@ -51,12 +52,49 @@ def test_a_step_with_adapters_and_without() -> None:
     mixes = (Mix(2, (4,)), Mix(4, (2, 8)))
     records = recorded("step:reference", step_mixes=mixes)
     steps = of(records, "step")
-    assert [step["name"] for step in steps] == ["off", "idle", "2 x 4", "4 x 2-8"]
+    assert [step["name"] for step in steps] == ["off", "2 x 4", "4 x 2-8", "idle"]
+    assert len({step["off"] for step in steps[:3]}) == 1 and steps[0]["off"] == steps[0]["seconds"]
     assert of(records, "finite")[0]["rows"] == TINY.step_rows
     rows = mixes[1].rows(TINY.step_rows, TINY.step_context)
     least = floor.step_floor(TINY_MODEL, rows, itemsize=4)
-    assert steps[3]["bytes"] == least.total.bytes and steps[3]["base"]["bytes"] < steps[3]["bytes"]
+    assert steps[2]["bytes"] == least.total.bytes and steps[2]["base"]["bytes"] < steps[2]["bytes"]
     assert [gap["readable"] for gap in of(records, "gaps")] == [False, False]
+
+
+def test_a_step_is_recorded_turn_by_turn_until_the_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, records = [0.0], list[dict[str, Any]]()
+
+    def slow(calls: dict[str, Any], *sizes: Any) -> Any:
+        assert len(of(records, "step")) == [0, 3, 4][int(now[0]) // 4], "recorded at once"
+        now[0] += 4
+        return measure(calls, *sizes)
+
+    monkeypatch.setattr(decode, "measure", slow)
+    session = Session("s", records.append, 10, clock=lambda: now[0])
+    decode.run(session, TINY, REFERENCE)
+    assert [r["name"] for r in of(records, "step")] == ["off", "2 x 4", "2 x 2-8", "idle"]
+    assert of(records, "skipped")[0]["points"] == ["2 x 2", "2 x 8"]
+
+
+def test_what_is_most_important_is_timed_first() -> None:
+    first, *others = decode.turns(FULL)
+    assert first == ("off", "8 x 16", "32 x 16")
+    assert others[0] == ("idle",) and len(others) == len(FULL.step_mixes) - 1
+
+
+def test_points_are_counted_beforehand() -> None:
+    """Also where there is no time for any."""
+
+    def planned(section: str) -> list[tuple[str, int]]:
+        records: list[dict[str, Any]] = []
+        sections.run(Session(section, records.append, -1), TINY, None, None)
+        return [(r["what"], r["points"]) for r in of(records, "planned")]
+
+    assert planned("lora:reference") == [("lora", 4)]
+    assert planned("baselines:reference") == [("baseline", 2)]
+    assert planned("correctness:reference") == [("correctness", 20)]
 
 
 def test_without_lora_no_lora_is_in_the_step() -> None:

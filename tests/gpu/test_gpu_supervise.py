@@ -17,6 +17,7 @@ from jslora.gpu.supervise import (
     first_group,
     groups,
     only,
+    unmatched,
 )
 
 # Stands for a section's process: its name says what it does.
@@ -27,6 +28,8 @@ say = lambda **fields: print(json.dumps({"section": name, "kind": "x", **fields}
 say(flags=os.environ.get("XLA_FLAGS"), seconds=float(sys.argv[3]), options=sys.argv[4:])
 if name == "hangs":
     time.sleep(60)
+if name == "starved":
+    os.kill(os.getpid(), 9)
 if name == "crashes":
     os.abort()
 say(ended=time.time())
@@ -70,8 +73,16 @@ def test_a_section_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
     started = time.monotonic()
     found, said = supervise(tmp_path, [(Task("hangs", 0.5),)])
     assert time.monotonic() - started < 30
+    assert found["sections"]["hangs"]["code"] == -9
     assert found["sections"]["hangs"]["killed"] and "(killed)" in said[0]
     assert len(found["records"]) == 1, "what it recorded before is kept"
+
+
+def test_who_is_killed_by_another_has_crashed(tmp_path: Path) -> None:
+    """As the system does when memory is short."""
+    found, said = supervise(tmp_path, [(Task("starved", 30),)])
+    assert found["sections"]["starved"]["code"] == -9
+    assert not found["sections"]["starved"]["killed"] and "exit code -9" in said[0]
 
 
 def test_half_a_record_is_left_out(tmp_path: Path) -> None:
@@ -91,6 +102,13 @@ def test_what_there_is_no_time_for_is_skipped_by_name(tmp_path: Path) -> None:
     )
     assert "code" in found["sections"]["a"]
     assert found["sections"]["b"] == found["sections"]["c"] == {"skipped": True}
+
+
+def test_a_section_is_not_started_with_less_than_it_needs(tmp_path: Path) -> None:
+    group = Task("a", 30, least=45), Task("b", 30, least=35)
+    found, said = supervise(tmp_path, [group], seconds=50)
+    assert found["sections"]["a"] == {"skipped": True} and found["sections"]["b"]["code"] == 0
+    assert said[0] == "a: skipped, too little time left"
 
 
 def test_a_section_gets_no_more_than_is_left(tmp_path: Path) -> None:
@@ -120,11 +138,22 @@ def test_the_chosen_implementation_comes_first(chosen: str, other: str, tmp_path
              for task in group]  # fmt: skip
     every = ["correctness:triton", "correctness:pallas", "correctness:reference"]
     assert names[:5] == ["ceilings", *every, f"step:{chosen}"]
-    assert names.index(f"step:{other}") > 4
+    kinds = ("lora", "attention", "baselines")
+    assert names[5:8] == [f"{kind}:{chosen}" for kind in kinds]
+    assert names.index(f"step:{other}") > 8
     assert len(names) == len(set(names))
     for task in (*first_group(tmp_path, tiny=True)[0], *groups(tmp_path, chosen, tmp_path,
                                                               tiny=True)[1]):  # fmt: skip
         assert task.options[-1] == "--tiny"
+
+
+def test_the_chosen_implementations_shares_fit_into_eight_minutes(tmp_path: Path) -> None:
+    todo = first_group(tmp_path, tiny=False) + groups(tmp_path, "triton", tmp_path, tiny=False)
+    shares = {group[-1].section: max(task.seconds for task in group) for group in todo}
+    others = [name for name in shares if name.endswith(":pallas")]
+    assert len(others) == 3
+    assert sum(seconds for name, seconds in shares.items() if name not in others) <= 470
+    assert all(0 < task.least < task.seconds for group in todo for task in group)
 
 
 def test_only_some_sections(tmp_path: Path) -> None:
@@ -132,3 +161,6 @@ def test_only_some_sections(tmp_path: Path) -> None:
     assert only(todo, None) == todo
     kept = [task.section for group in only(todo, "step,correctness:p") for task in group]
     assert kept == ["correctness:pallas", "step:triton", "step:pallas"]
+    assert unmatched(todo, "step,correctness:p") == []
+    assert unmatched(todo, "step,typo,baselines:pallas") == ["typo", "baselines:pallas"]
+    assert unmatched(todo, ",") == [","]

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jslora.gpu import gaps
+from jslora.gpu import correctness, gaps
+from jslora.gpu.cases import TINY
 from jslora.gpu.session import Session
 from jslora.gpu.timing import MAX_CALLS, Timing, _timing, measure
 
@@ -55,6 +56,24 @@ def test_points_that_no_longer_fit_are_named() -> None:
         clock.now += 4
     assert done == [64, 8], "a third would end at 12"
     assert records == [{"section": "x", "kind": "skipped", "points": ["256", "1"]}]
+
+
+def test_points_are_named_shortly() -> None:
+    records: list[dict] = []
+    cases = correctness.lora_cases(TINY)[:1] + correctness.attention_cases(TINY)[:1]
+    todo = [*cases, (8, TINY.step_mixes[0]), 64]
+    assert list(Session("x", records.append, seconds=-1).points(todo)) == []
+    assert records[0]["points"] == [
+        "lora, every row its own adapter", "attention, decode", "8, 2 x 4", "64"
+    ]  # fmt: skip
+
+
+def test_what_is_no_number_is_recorded_as_none() -> None:
+    records: list[dict] = []
+    session = Session("x", records.append, seconds=10)
+    session.emit("y", error=float("inf"), inside={"a": [float("nan"), 1.5]}, name="inf")
+    assert records == [{"section": "x", "kind": "y", "error": None, "inside": {"a": [None, 1.5]},
+                        "name": "inf"}]  # fmt: skip
 
 
 def test_a_point_that_fails_is_recorded_and_the_next_runs() -> None:

@@ -1,6 +1,7 @@
 """The choice of an implementation: what falls through, and what is refused because it was named."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from engine_helpers import LLAMA3, small_engine
@@ -22,15 +23,33 @@ def no_kernel(implementation: str) -> None:
         raise NotImplementedError("heads of 17 numbers")
 
 
+@pytest.mark.parametrize(
+    ("platform", "version", "found"),
+    [("cpu", "", "cpu"), ("gpu", "PJRT C API\ncuda 13000", "cuda")],
+)
+def test_the_platform_is_told_by_the_device(
+    monkeypatch: pytest.MonkeyPatch, platform: str, version: str, found: str
+) -> None:
+    client = SimpleNamespace(platform_version=version)
+    device = SimpleNamespace(platform=platform, client=client, device_kind="some kind")
+    monkeypatch.setattr("jax.devices", lambda: [device])
+    assert launch.platform() == found
+    device.platform, client.platform_version = "gpu", "rocm 60300"
+    with pytest.raises(NotImplementedError, match="some kind: only CPUs and NVIDIA GPUs"):
+        launch.platform()
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "import_jax_triton", lambda: None)
 
 
-@pytest.fixture
-def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[ImportError, AttributeError, TypeError])
+def missing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax-triton is not there, or of a release that does not fit jax's or triton's."""
+
     def fail() -> None:
-        raise ImportError("No module named 'jax_triton'")
+        raise request.param("No module named 'jax_triton'")
 
     monkeypatch.setattr(launch, "import_jax_triton", fail)
 

@@ -37,6 +37,22 @@ def test_the_launches_of_every_step_are_committed() -> None:
     assert all(isinstance(n, int) and n > 0 for n in rules.committed().values())
 
 
+def test_steps_of_every_model_are_compiled_in_both_phases() -> None:
+    steps = {(case.model, case.phase, case.devices) for case in all_cases() if case.what == "step"}
+    assert steps == {
+        ("llama3-8b", "decode", 1), ("llama3-8b", "mixed", 1),
+        ("llama3-8b", "decode", 4), ("llama3-8b", "mixed", 4),
+        ("qwen3-8b", "decode", 1), ("qwen3-8b", "mixed", 1),
+        ("smollm2-135m", "decode", 1), ("smollm2-135m", "mixed", 1),
+    }  # fmt: skip
+    others = {case.name for case in all_cases() if case.what != "step"}
+    assert others == {
+        "llama3-8b decode pallas kernels", "llama3-8b mixed pallas kernels",
+        "llama3-8b decode triton kernels", "llama3-8b mixed triton kernels",
+        "llama3-8b pallas programs",
+    }  # fmt: skip
+
+
 def test_every_implementation_is_compiled_with_and_without_lora() -> None:
     names = [case.name for case in all_cases()]
     assert len({*names}) == len(names)
@@ -44,7 +60,7 @@ def test_every_implementation_is_compiled_with_and_without_lora() -> None:
     for name in names:
         if "no lora" in name:
             assert name.replace("no lora", "lora") in names
-        if "pallas" in name:
+        if "pallas" in name and "programs" not in name:
             assert name.replace("pallas", "triton") in names
 
 
@@ -164,6 +180,10 @@ def test_the_script_says_what_to_install(
         (["--only", "nothing"], "no case has the words"),
         (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
         (["--config", "absent.yaml"], "absent.yaml"),
+        (
+            ["--only", "qwen3-8b", "--executable", "step.xla"],
+            "--executable writes 'llama3-8b decode pallas lora', which --only leaves out",
+        ),
     ],
 )
 def test_wrong_arguments_are_told(
@@ -172,6 +192,18 @@ def test_wrong_arguments_are_told(
     monkeypatch.setattr(target, "missing", lambda: [])
     assert script().main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_configuration_must_say_how_long_sequences_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(target, "missing", lambda: [])
+    written = tmp_path / "short.yaml"
+    text = (CONFIGS / "llama3-8b.yaml").read_text()
+    lines = [line for line in text.splitlines() if "max_model_len" not in line]
+    written.write_text("\n".join(lines))
+    assert script().main(["--config", str(written)]) == 2
+    assert "needs model.max_model_len, which is not set" in capsys.readouterr().err
 
 
 def test_a_case_that_does_not_compile_breaks_a_rule(
@@ -194,7 +226,7 @@ def test_records_of_a_child_make_the_report(
     other = dataclasses.replace(CASE, lora=False)
     good = Record(
         name=CASE.name, what="step", phase="decode", rows=16, per_layer={"product gemm": 4.0},
-        outside=2, temporaries=2 * 10**6, aliased=8, pool=8, most_registers=96, seconds=1.5,
+        outside=2, temporaries=2 * 10**6, aliased=8, donated=8, most_registers=96, seconds=1.5,
     )  # fmt: skip
     child = tmp_path / "child"
     child.write_text(

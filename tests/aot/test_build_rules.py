@@ -11,8 +11,8 @@ from jslora.aot.record import Record
 GOOD = Record(
     name="llama decode", what="step", phase="decode", rows=64, kernels="pallas",
     per_layer={"product gemm": 4.0, "kernel lora_expand": 3.5}, outside=9.0,
-    temporaries=rules.DECODE_TEMPORARIES, aliased=1000, pool=1000,
-    assembled={"lora_expand": [64, 0]}, most_registers=128,
+    tokens=2048, temporaries=rules.TEMPORARIES, aliased=1000, donated=1000,
+    launched=["lora_expand"], assembled={"lora_expand": [64, 0]}, most_registers=128,
 )  # fmt: skip
 ALLOWED = {"llama decode": 8}
 
@@ -29,10 +29,13 @@ def test_a_record_that_holds_to_all_rules() -> None:
         (dict(error="exit code 1: no"), "does not compile: exit code 1: no"),
         (dict(pool_copies=["copy.3 bf16[9,2]"]), "pool copied: copy.3 bf16[9,2]"),
         (dict(weight_copies=["transpose.1 bf16[4,8]"]), "weights copied: transpose.1"),
-        (dict(temporaries=rules.DECODE_TEMPORARIES + 1), "decode temporaries: 268435457 bytes"),
-        (dict(assembled={"a": [64, 0], "b": [255, 8]}), "spills: b spills 8 bytes at 255"),
+        (dict(temporaries=rules.TEMPORARIES + 1), "temporaries: 268435457 bytes; allowed are 268"),
+        (dict(phase="mixed", temporaries=2**30 + 1), "temporaries: 1073741825 bytes; allowed are"),
+        (dict(assembled={"lora_expand": [9, 0], "b": [255, 8]}), "spills: b spills 8 bytes at 255"),
+        (dict(assembled={}), "registers not read: lora_expand"),
+        (dict(launched=["lora_expand", "attend"]), "registers not read: attend"),
         (dict(loops=["while.2"]), "loops outside kernels: while.2"),
-        (dict(aliased=999), "pool not aliased: 999 of its 1000 bytes"),
+        (dict(aliased=999), "not aliased: of 1000 bytes donated 999 are"),
         (dict(per_layer={"fusion x": 8.5}), "launches: 8.5 a layer; launches.yaml allows 8"),
         (dict(name="new"), "launches: 7.5 a layer; launches.yaml has no 'new'"),
         (dict(collectives={"all-gather": 1}), "collectives: {'all-gather': 1} a layer; expected {"),
@@ -59,12 +62,29 @@ def test_launches_are_counted_in_halves() -> None:
 
 
 def test_prefill_and_larger_batches_may_take_more_memory() -> None:
-    for change in (dict(phase="mixed"), dict(rows=128)):
-        large = replace(GOOD, temporaries=2**30, **change)
-        assert rules.broken(large, ALLOWED) == []
+    for change in (
+        dict(phase="mixed", temporaries=2**30), dict(rows=128, temporaries=2**30),
+        dict(phase="mixed", tokens=2049, temporaries=2**31),
+    ):  # fmt: skip
+        assert rules.broken(replace(GOOD, **change), ALLOWED) == []
 
 
 def test_a_kernel_alone_has_no_layers_and_no_pool_to_return() -> None:
     kernel = replace(GOOD, what="kernel", name="lora q,k,v", aliased=0)
     assert rules.broken(kernel, {}) == []
-    assert rules.broken(replace(kernel, assembled={"x": [9, 4]}), {}) != []
+    assert rules.broken(replace(kernel, launched=[], assembled={"x": [9, 4]}), {}) != []
+
+
+def test_a_program_has_no_layers_but_returns_what_it_was_given() -> None:
+    program = replace(
+        GOOD, what="program", phase="", name="write", per_layer={}, launched=[], assembled={}
+    )
+    assert rules.broken(program, {}) == []
+    for change, text in (
+        (dict(aliased=999), "not aliased: of 1000 bytes donated 999 are"),
+        (dict(pool_copies=["copy.3 bf16[9,2]"]), "pool copied: "),
+        (dict(loops=["while.2"]), "loops outside kernels: while.2"),
+        (dict(temporaries=rules.TEMPORARIES + 1), "temporaries: "),
+    ):
+        (found,) = rules.broken(replace(program, **change), {})
+        assert found.startswith(text)
