@@ -3,7 +3,7 @@
 Tokens without an adapter are in spans too, of rank 0: they have no delta, but what follows the sum
 (`pallas_kernels.lora.finish`) is done for them all the same.
 
-Small enough to be sent whenever rows or adapters of a step change: about 6 KB a layer for 64 rows,
+Small enough to be sent whenever rows or adapters of a step change: about 8 KB a layer for 64 rows,
 whatever the ranks. Host only: no jax.
 """
 
