@@ -12,7 +12,7 @@ padding rows sample into a slot beyond the last, padding reads go to page 0.
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,8 +123,26 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class RowPlan:
-    """One row of a step.
+class Draw:
+    """How a sequence's tokens are drawn, the same in all its rows.
+
+    Attributes:
+        stateful: whether counts, bias or stop ids of its slot matter.
+    """
+
+    seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    stateful: bool = False
+
+
+class RowPlan(NamedTuple):
+    """One row of a step; a tuple, because hundreds are made for every step.
 
     Attributes:
         tokens: ids the host knows; when `fed` the last one is read from the slot on the device.
@@ -132,6 +150,7 @@ class RowPlan:
         pages: the sequence's block table, covering all positions up to the last token.
         slot: the sequence's slot.
         samples: whether the row's last token is the sequence's last, so that a token is drawn.
+        hold_stop: whether the sequence may not end with this token.
     """
 
     tokens: Seq[int]
@@ -141,16 +160,8 @@ class RowPlan:
     slot: int
     samples: bool
     placement: Placement | None = None
-    seed: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition: float = 1.0
-    presence: float = 0.0
-    frequency: float = 0.0
+    draw: Draw = Draw()
     hold_stop: bool = False
-    stateful: bool = False
 
     @property
     def length(self) -> int:
@@ -222,13 +233,13 @@ def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarra
     which = [b for b, row in enumerate(rows) if row.samples]
     drawn = [rows[b] for b in which]
     if drawn:
-        at["seed"][which] = _words([row.seed for row in drawn])
+        at["seed"][which] = _words([row.draw.seed for row in drawn])
         at["slot"][which] = [row.slot for row in drawn]
         at["position"][which] = [row.position + row.length for row in drawn]
-        at["top_k"][which] = [row.top_k for row in drawn]
+        at["top_k"][which] = [row.draw.top_k for row in drawn]
         at["hold_stop"][which] = [row.hold_stop for row in drawn]
-        at["stateful"][which] = [row.stateful for row in drawn]
-        floats[:, which] = [[getattr(row, name) for row in drawn] for name in SAMPLE_FLOATS]
+        at["stateful"][which] = [row.draw.stateful for row in drawn]
+        floats[:, which] = [[getattr(row.draw, name) for row in drawn] for name in SAMPLE_FLOATS]
     return ints, floats
 
 

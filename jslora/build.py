@@ -118,7 +118,8 @@ def build_core(
     _register(store, config, progress)
     core = EngineCore(
         runner, store, limits, emit,
-        lookahead=config.scheduler.lookahead, prefix_cache=config.pool.prefix_cache,
+        section=config.scheduler, lookahead=config.scheduler.lookahead,
+        prefix_cache=config.pool.prefix_cache,
         pinned=set(config.adapters.pinned), drain_seconds=config.adapters.drain_seconds,
         check_ledger=check_ledger,
     )  # fmt: skip

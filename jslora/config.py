@@ -9,17 +9,19 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
 
 from jslora.errors import ConfigError
+from jslora.schedule.settings import SchedulerSection
+from jslora.section import NAME as NAME
+from jslora.section import STRICT, Positive
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
@@ -36,12 +38,11 @@ def _expand(value: object) -> object:
 
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
-Positive = Annotated[int, Field(gt=0)]
 Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = STRICT
 
 
 class ModelSection(_Section):
@@ -89,15 +90,6 @@ class AdaptersSection(_Section):
     synthetic: SyntheticAdapters | None = None
 
 
-class SchedulerSection(_Section):
-    max_running: Positive = 64
-    max_step_tokens: Annotated[int, Field(ge=8)] = 512
-    max_queued: Positive = 512
-    max_queued_tokens: Positive = 262144
-    policy: list[Literal["fcfs"]] = ["fcfs"]
-    lookahead: bool = True
-
-
 class MeshSection(_Section):
     model: Positive = 1
     data: Positive = 1
@@ -119,7 +111,6 @@ class Key(_Section):
     tenant: Annotated[str, Field(pattern=rf"^{NAME}$")] = "default"
     adapters: Literal["all"] | list[str] = "all"
     admin: bool = False
-    share: Annotated[float, Field(gt=0)] = 1.0
 
 
 class AuthSection(_Section):
@@ -165,9 +156,22 @@ class EngineConfig(_Section):
             raise ValueError(
                 f"server.host is {self.server.host!r}: set auth.keys, or bind to 127.0.0.1"
             )
-        if self.scheduler.max_queued < 1:
-            raise ValueError("scheduler.max_queued must be at least 1")
+        if problem := self.scheduler.problem() or self._unused_limits():
+            raise ValueError(problem)
         return self
+
+    def _unused_limits(self) -> str | None:
+        """Which limits of the scheduler are nobody's; None if there are none."""
+        if self.model.served_name in self.scheduler.adapters:
+            name = self.model.served_name
+            return f"scheduler.adapters.{name}: the base model is no adapter; limit its tenants"
+        if self.auth.keys is None:  # tenants may be named by who calls `Engine`
+            return None
+        used = {"*", *(key.tenant for key in self.auth.keys.values())}
+        for name in self.scheduler.tenants:
+            if name not in used:
+                return f"scheduler.tenants.{name}: no key in auth.keys has this tenant"
+        return None
 
 
 def load(path: Path, overrides: list[str] | None = None) -> EngineConfig:
@@ -273,13 +277,21 @@ def _without_secrets(location: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _valid_keys(path: tuple[Any, ...]) -> list[str]:
-    section: Any = EngineConfig
+    """The keys of the section at a place; none if there is no section."""
+    kind: Any = EngineConfig
     for part in path:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(
-            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)),
-            Key if "keys" in path else None,
-        )
-    return sorted(section.model_fields) if section else []
+        kind = _inside(kind, part)
+    return sorted(kind.model_fields) if hasattr(kind, "model_fields") else []
+
+
+def _inside(kind: Any, key: Any) -> Any:
+    """The section, or mapping of sections, that lies under a key of one; None if there is none."""
+    if hasattr(kind, "model_fields"):
+        field = kind.model_fields.get(key)
+        declared = field.annotation if field else None
+    else:
+        declared = get_args(kind)[1] if get_origin(kind) is dict else None
+    for option in (declared, *get_args(declared)):  # without the "| None"
+        if hasattr(option, "model_fields") or get_origin(option) is dict:
+            return option
+    return None

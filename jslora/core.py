@@ -32,16 +32,15 @@ from jslora.errors import EngineFailed, JsloraError, Unavailable
 from jslora.lifecycle import Lifecycle
 from jslora.memory.pages import PageAllocator
 from jslora.memory.prefix import PrefixCache
-from jslora.memory.residency import Residency
+from jslora.memory.residency import Residency, write_limit
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 from jslora.request import ErrorInfo, Request, Stats, TokenEvent
 from jslora.runner import Runner, Step
+from jslora.schedule import watch
 from jslora.schedule.plan import Limits, Plan
 from jslora.schedule.scheduler import PREFETCH, Scheduler
-
-WRITES_PER_STEP = 16
-"""Uploaded chunks written into the pool between two steps."""
+from jslora.schedule.settings import SchedulerSection
 
 PATIENCE = 0.002
 """Seconds a step may wait for a transfer: what comes later waits for a whole step."""
@@ -76,6 +75,7 @@ class EngineCore:
 
     Args:
         emit: called on the engine thread with the news of each step.
+        section: the policies of the scheduler; by default first come, first served.
         check_ledger: assert the page ledger after every step.
     """
 
@@ -86,6 +86,7 @@ class EngineCore:
         limits: Limits,
         emit: Emit,
         *,
+        section: SchedulerSection | None = None,
         lookahead: bool = True,
         prefix_cache: bool = True,
         pinned: set[str] | None = None,
@@ -102,7 +103,7 @@ class EngineCore:
             geometry.drop_page, runner.upload_rows,
         )  # fmt: skip
         room = Room(self._pages, self.prefix, self.residency)
-        self.scheduler = Scheduler(limits, room, store)
+        self.scheduler = Scheduler(limits, room, store, section)
         self._inbox: queue.SimpleQueue[_Arrival | list[str] | Future | None] = queue.SimpleQueue()
         self.adapters = Lifecycle(
             store, room, self.scheduler, lambda: self._inbox.put(None),
@@ -111,7 +112,7 @@ class EngineCore:
         self._closing, self._ended = threading.Event(), threading.Event()
         self._last_word: JsloraError = Unavailable("the engine was closed")
         self._steps = self._recoveries = self._ledger_errors = 0
-        self._step_seconds = self._read_at = 0.0
+        self._step_seconds = self._read_at = self._last_step = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -141,6 +142,8 @@ class EngineCore:
         """Counters and gauges, read without stopping the engine."""
         s, r, p, store = self.scheduler, self.residency, self.prefix, self.store.stats
         running, waiting = list(s.running), list(s.waiting)
+        now = time.monotonic()
+        oldest = watch.oldest(waiting, now)
         adapters = sum(len(resident.placement.pages) for resident in list(r.residents.values()))
         used, cached = self._pages.total - 1 - self._pages.free, p.idle
         return Stats(
@@ -157,7 +160,10 @@ class EngineCore:
             adapters_device=len(r.residents), host_bytes=store.host_bytes,
             adapter_loads=r.loads, adapter_evictions=r.evictions,
             adapter_failures=store.failures, adapter_seconds=store.seconds,
-            running_adapters=s.adapters_of(running), waiting_adapters=s.adapters_of(waiting),
+            running_adapters=watch.adapters(running), waiting_adapters=watch.adapters(waiting),
+            too_late=s.too_late, rate_limited=s.rate_limited,
+            oldest_wait=oldest[0][1] if oldest else 0.0, oldest_adapters=oldest,
+            tenants=watch.tenants(running, waiting, s.policies.service(), now),
         )  # fmt: skip
 
     def run_on_engine(self, call: Callable[[], Any]) -> Any:
@@ -230,7 +236,7 @@ class EngineCore:
             inflight = None
         self.scheduler.fetch()
         self.adapters.bring_pinned()
-        for chunk in self.residency.writes(WRITES_PER_STEP, PATIENCE):
+        for chunk in self.residency.writes(write_limit(self._last_step), PATIENCE):
             self.runner.write(chunk)
         plan, now = self.scheduler.plan(), time.monotonic()
         ahead = _InFlight(plan, self.runner.execute(plan), now) if plan else None
@@ -264,12 +270,10 @@ class EngineCore:
         self.runner.reset()
 
     def _time(self, done: _InFlight) -> None:
-        """Learn what computing a page takes, from steps that mostly do that."""
+        """Tell what a step took, from when the one before it was read."""
         began, self._read_at = max(self._read_at, done.since), time.monotonic()
-        tokens = sum(row.length for row in done.plan.rows)
-        if tokens >= 2 * len(done.plan.rows):
-            pages = tokens / self.scheduler.limits.page_size
-            self.prefix.kind.took((self._read_at - began) / pages)
+        self._last_step = self._read_at - began
+        self.scheduler.took(done.plan, self._last_step)
 
     def _emit_all(self, events: list[TokenEvent]) -> None:
         if events:
@@ -305,7 +309,7 @@ class EngineCore:
         if registration is not None:
             self.store.release(registration)
         if isinstance(error, JsloraError):
-            info = ErrorInfo(type=error.type, message=error.message, param=error.param)
+            info = ErrorInfo.of(error)
         else:
             log.error("a request could not be queued", exc_info=error)
             info = ErrorInfo(type=JsloraError.type, message="the request could not be queued")

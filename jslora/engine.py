@@ -16,12 +16,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 from jslora.aliases import AliasTable
 from jslora.build import build_core, model_folder
 from jslora.config import NAME, EngineConfig, load, parse
-from jslora.errors import BY_TYPE, AdapterRejected, InvalidRequest, JsloraError, UnknownModel
+from jslora.errors import AdapterRejected, InvalidRequest, UnknownModel
 from jslora.progress import Progress, silent
 from jslora.request import (
     AdapterInfo,
@@ -35,6 +35,24 @@ from jslora.text import TextAssembler
 from jslora.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+
+class Terms(TypedDict, total=False):
+    """How requests are treated: keywords of every method that generates.
+
+    Attributes:
+        cache_salt: prompts share cached pages only with those of the same tenant and salt.
+        tenant: who pays for them, see `scheduler.tenants`; "default" if nobody is named.
+        priority: levels after the most urgent of its tenant, larger is later; needs the policy
+            "priority".
+        ttft_slo: seconds to the first token, after which they are given up (TooLate); needs the
+            policy "slo".
+    """
+
+    cache_salt: str
+    tenant: str
+    priority: int
+    ttft_slo: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,20 +133,19 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         adapter: str | None = None,
-        *,
-        cache_salt: str = "",
+        **terms: Unpack[Terms],
     ) -> list[Completion]:
         """Answer prompts (texts or token ids), all in one batch.
 
         Args:
             adapter: name of an adapter or an alias; None is the base model.
-            cache_salt: prompts share cached pages only with those of the same salt.
+            terms: see `Terms`.
 
         Raises:
-            InvalidRequest, UnknownModel, EngineFailed, CorruptOutput: as the first prompt's error;
-                the other prompts are aborted.
+            InvalidRequest, UnknownModel, RateLimited, TooLate, EngineFailed, CorruptOutput: as the
+                first prompt's error; the other prompts are aborted.
         """
-        jobs = self._jobs(prompts, params, adapter, cache_salt)
+        jobs = self._jobs(prompts, params, adapter, **terms)
         try:
             for job in jobs:
                 self._submit(job, job.events.put)
@@ -141,11 +158,10 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         adapter: str | None = None,
-        *,
-        cache_salt: str = "",
+        **terms: Unpack[Terms],
     ) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; closing the iterator aborts it."""
-        job = self._job(prompt, params, self._resolve(adapter), cache_salt)
+        job = self._job(prompt, params, self._resolve(adapter), **terms)
         self._submit(job, job.events.put)
         try:
             while not job.done:
@@ -158,11 +174,10 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
         adapter: str | None = None,
-        *,
-        cache_salt: str = "",
+        **terms: Unpack[Terms],
     ) -> list[Completion]:
         """`generate` without blocking the event loop; cancelling it aborts the requests."""
-        jobs = self._jobs(prompts, params, adapter, cache_salt)
+        jobs = self._jobs(prompts, params, adapter, **terms)
         try:
             queues = [self._submit_async(job) for job in jobs]
             for job, events in zip(jobs, queues, strict=True):
@@ -177,11 +192,10 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         adapter: str | None = None,
-        *,
-        cache_salt: str = "",
+        **terms: Unpack[Terms],
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop."""
-        job = self._job(prompt, params, self._resolve(adapter), cache_salt)
+        job = self._job(prompt, params, self._resolve(adapter), **terms)
         events = self._submit_async(job)
         try:
             while not job.done:
@@ -191,10 +205,10 @@ class Engine:
 
     def _jobs(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None,
-        adapter: str | None, cache_salt: str,
+        adapter: str | None, **terms: Unpack[Terms],
     ) -> "list[_Job]":  # fmt: skip
         name = self._resolve(adapter)
-        return [self._job(prompt, params, name, cache_salt) for prompt in _listed(prompts)]
+        return [self._job(prompt, params, name, **terms) for prompt in _listed(prompts)]
 
     def _resolve(self, name: str | None) -> str | None:
         """The adapter behind a name, which may be an alias's; None for the base model."""
@@ -204,7 +218,7 @@ class Engine:
 
     def _job(
         self, prompt: Prompt, params: SamplingParams | None, adapter: str | None,
-        cache_salt: str = "",
+        **terms: Unpack[Terms],
     ) -> "_Job":  # fmt: skip
         params = params or SamplingParams()
         if isinstance(prompt, str):
@@ -220,9 +234,11 @@ class Engine:
         if not all(params.stop):
             raise InvalidRequest("a stop string is empty", param="stop")
         request = Request(
-            id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=adapter,
-            cache_salt=cache_salt,
+            id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=adapter, **terms
         )  # fmt: skip
+        self.config.scheduler.check_wishes(request.priority, request.ttft_slo)
+        if not isinstance(request.tenant, str) or not re.fullmatch(NAME, request.tenant):
+            raise InvalidRequest(f"{request.tenant!r} is no usable name", param="tenant")
         return _Job(request, self.tokenizer)
 
     def _submit(self, job: "_Job", sink: Callable[[TokenEvent], None]) -> None:
@@ -371,8 +387,7 @@ class _Job:
         self.engine_done = event.last
         if event.error is not None:
             self.done = True
-            error = BY_TYPE.get(event.error.type, JsloraError)
-            raise error(event.error.message, param=event.error.param)
+            raise event.error.error()
         text, tokens, logprobs = "", event.tokens, event.logprobs
         reason = event.finish_reason
         ids = self.request.params.stop_token_ids

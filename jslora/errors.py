@@ -12,10 +12,14 @@ class JsloraError(Exception):
     type = "internal_error"
     retry_after: float | None = None
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        if retry_after is not None:
+            self.retry_after = retry_after
 
 
 class InvalidRequest(JsloraError):
@@ -51,6 +55,22 @@ class Overloaded(JsloraError):
 
     status = 503
     type = "overloaded_error"
+    retry_after = 1.0
+
+
+class RateLimited(JsloraError):
+    """A quota or rate of the tenant or the adapter is used up; `retry_after` says until when."""
+
+    status = 429
+    type = "rate_limit_error"
+    retry_after = 1.0
+
+
+class TooLate(JsloraError):
+    """It could not have been answered in its time, so it was given up before it cost anything."""
+
+    status = 503
+    type = "too_late_error"
     retry_after = 1.0
 
 
@@ -94,7 +114,7 @@ class ModelError(JsloraError):
 BY_TYPE: dict[str, type[JsloraError]] = {
     cls.type: cls
     for cls in (
-        InvalidRequest, AdapterRejected, Unauthorized, UnknownModel, Overloaded, Unavailable,
-        EngineFailed, CorruptOutput, ConfigError, ModelError,
+        InvalidRequest, AdapterRejected, Unauthorized, UnknownModel, Overloaded, RateLimited,
+        TooLate, Unavailable, EngineFailed, CorruptOutput, ConfigError, ModelError,
     )
 }  # fmt: skip

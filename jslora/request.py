@@ -6,10 +6,15 @@ Host only: no jax.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jslora.errors import BY_TYPE, JsloraError
 
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 16
 MAX_LOGIT_BIAS = 300
+MAX_PRIORITY = 100
+MAX_SLO_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class Request:
         adapter: registered adapter name, or None for the base model.
         tenant: who pays for it; the API key's tenant.
         cache_salt: prompts share cached pages only within one tenant and one salt.
+        priority: levels after the most urgent of its tenant, 0 to `MAX_PRIORITY`.
+        ttft_slo: seconds in which it wants its first token; None means its tenant's.
     """
 
     id: str
@@ -70,6 +77,8 @@ class Request:
     adapter: str | None = None
     tenant: str = "default"
     cache_salt: str = ""
+    priority: int = 0
+    ttft_slo: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +101,26 @@ class ErrorInfo:
     type: str
     message: str
     param: str | None = None
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: JsloraError) -> "ErrorInfo":
+        """An error as data."""
+        return cls(
+            type=error.type, message=error.message, param=error.param,
+            retry_after=error.retry_after,
+        )  # fmt: skip
+
+    def error(self) -> JsloraError:
+        """The error again."""
+        kind = BY_TYPE.get(self.type, JsloraError)
+        return kind(self.message, param=self.param, retry_after=self.retry_after)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """News of one request; the last one carries `finish_reason`, or `error`, never both.
+
+    A tuple, because hundreds are made for every step.
 
     Attributes:
         tokens: new token ids; an end token that finished the sequence is not among them.
@@ -177,6 +201,21 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantStats:
+    """What one tenant has waiting and was given.
+
+    Attributes:
+        oldest_wait: seconds that its longest waiting request has waited for its first token.
+        service: tokens computed for it, weighted as for fair shares; only grows.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    oldest_wait: float = 0.0
+    service: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Counters and gauges of the engine; counters only grow during an engine's life.
 
@@ -185,6 +224,12 @@ class Stats:
         prefix_hit_tokens: prompt tokens found in the prefix cache, of `prefix_asked_tokens`.
         adapters_host, adapters_device: adapters whose packed pages are in that tier.
         adapter_seconds: stage of loading -> seconds, over all loads.
+        too_late: requests given up because they could not be answered in their time.
+        rate_limited: requests refused by a quota or a rate.
+        oldest_wait: seconds that the longest waiting request has waited for its first token.
+        tenants: of each tenant that ever sent a request.
+        oldest_adapters: (adapter, seconds) of the adapters whose requests wait longest, the
+            longest first; the base model is "".
     """
 
     running: int = 0
@@ -217,3 +262,8 @@ class Stats:
     adapter_seconds: dict[str, float] = field(default_factory=dict)
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    too_late: int = 0
+    rate_limited: int = 0
+    oldest_wait: float = 0.0
+    tenants: dict[str, TenantStats] = field(default_factory=dict)
+    oldest_adapters: tuple[tuple[str, float], ...] = ()

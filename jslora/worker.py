@@ -195,7 +195,7 @@ def _reply(seq: int, done: "Future[AdapterInfo]") -> wire.Reply:
 def _error_info(error: BaseException, otherwise: str) -> ErrorInfo:
     """An error as data; one that is not meant for users is told in other words."""
     if isinstance(error, JsloraError):
-        return ErrorInfo(type=error.type, message=error.message, param=error.param)
+        return ErrorInfo.of(error)
     return ErrorInfo(type=JsloraError.type, message=otherwise)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from goldens.adapters import PARENTS
 from goldens.cases import ROOT
+from short_answers import QUANTILE, expect_short_answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jslora.engine import Completion, Engine
@@ -45,8 +46,12 @@ def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
 @contextmanager
 def tight_engine(tmp: Path, **sections: Any) -> Iterator[Engine]:
     """31 pages, for KV and at most three wide adapters; no prefix cache takes any."""
-    tight = {"pool": {"pages": 32, "prefix_cache": False}, "scheduler": {"max_step_tokens": 16}}
+    tight = {
+        "pool": {"pages": 32, "prefix_cache": False},
+        "scheduler": {"max_step_tokens": 16, "reserve": QUANTILE},
+    }
     with small_engine(tmp, LLAMA3 / "model", **(tight | sections)) as engine:
+        engine.core.run_on_engine(lambda: expect_short_answers(engine.core.scheduler))
         yield engine
 
 

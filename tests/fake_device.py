@@ -62,9 +62,11 @@ def stateful(request: Request) -> bool:
 
 def least_sampler(row: RowPlan) -> int:
     """Which of `SAMPLERS` a row needs at least, logprobs aside."""
-    if row.temperature > 0 and (row.top_k > 0 or row.top_p < 1 or row.min_p > 0):
+    if row.draw.temperature > 0 and (
+        row.draw.top_k > 0 or row.draw.top_p < 1 or row.draw.min_p > 0
+    ):
         return SAMPLERS.index("filter")
-    drawn = row.temperature > 0 or row.stateful or row.hold_stop
+    drawn = row.draw.temperature > 0 or row.draw.stateful or row.hold_stop
     return SAMPLERS.index("draw" if drawn else "greedy")
 
 
@@ -199,8 +201,8 @@ class FakeDevice:
         token, finite = _draw(
             context,
             self._weights(row),
-            row.seed if row.temperature else None,
-            self.counts[row.slot] if row.stateful else None,
+            row.draw.seed if row.draw.temperature else None,
+            self.counts[row.slot] if row.draw.stateful else None,
             self.held[row.slot] if row.hold_stop else (),
             self.limits.vocab_size,
         )

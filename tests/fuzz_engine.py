@@ -180,7 +180,7 @@ class EngineMachine(RuleBasedStateMachine):
         who = self._may_be(name)
         ids = tuple(token(family, n) for n in who if n is not None) if stops else ()
         params = SamplingParams(temperature=0, max_tokens=wanted, stop_token_ids=ids)
-        job = self.engine._job(prompt, params, name, salt)
+        job = self.engine._job(prompt, params, name, cache_salt=salt)
         self.sent[job.request.id] = Sent(job, who, family, self._causes())
         self.tally.requests += 1
         self.engine._submit(job, self.news.put)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jslora.batch import (
     SAMPLE_FLOATS,
     Bucket,
+    Draw,
     Geometry,
     Placement,
     RowPlan,
@@ -60,16 +61,18 @@ def plans(draw: Callable, bucket: Bucket = MIXED) -> list[RowPlan]:
                 pages=[pages[(used + i) % len(pages)] for i in range(held)],
                 slot=slot,
                 samples=draw(st.booleans()),
-                seed=draw(st.integers(0, 2**64 - 1)),
-                temperature=draw(st.sampled_from([0.0, 0.5])),
-                top_k=draw(st.integers(0, 9)),
-                top_p=draw(st.sampled_from([1.0, 0.25])),
-                min_p=draw(st.sampled_from([0.0, 0.125])),
-                repetition=draw(st.sampled_from([1.0, 1.5])),
-                presence=draw(st.sampled_from([0.0, -1.0])),
-                frequency=draw(st.sampled_from([0.0, 2.0])),
+                draw=Draw(
+                    seed=draw(st.integers(0, 2**64 - 1)),
+                    temperature=draw(st.sampled_from([0.0, 0.5])),
+                    top_k=draw(st.integers(0, 9)),
+                    top_p=draw(st.sampled_from([1.0, 0.25])),
+                    min_p=draw(st.sampled_from([0.0, 0.125])),
+                    repetition=draw(st.sampled_from([1.0, 1.5])),
+                    presence=draw(st.sampled_from([0.0, -1.0])),
+                    frequency=draw(st.sampled_from([0.0, 2.0])),
+                    stateful=draw(st.booleans()),
+                ),
                 hold_stop=draw(st.booleans()),
-                stateful=draw(st.booleans()),
             )
         )
         left, used = left - length, used + held
@@ -155,11 +158,11 @@ def test_parts_cover_the_context_of_rows_of_one_token_once(
 
 def test_the_most_items_a_step_can_have_fit() -> None:
     row = RowPlan([1, 2], False, 0, [1], 0, False)
-    rows = [replace(row, tokens=[1] * n, pages=[1, 2, 3]) for n in (2, 2, 2, 2, 2, 2, 2, 10)]
+    rows = [row._replace(tokens=[1] * n, pages=[1, 2, 3]) for n in (2, 2, 2, 2, 2, 2, 2, 10)]
     _, items = items_of(rows, GEOMETRY)
     assert len(items) == 10 <= GEOMETRY.attention_items(MIXED)
     in_parts = replace(GEOMETRY, attention=Cut(query_tile=4, parts=3, span=4))
-    late = replace(row, tokens=[1], position=31, pages=list(range(1, 9)))
+    late = row._replace(tokens=[1], position=31, pages=list(range(1, 9)))
     _, items = items_of([late] * 8, in_parts)
     assert len(items) == 24 <= in_parts.attention_items(MIXED)
 
@@ -169,7 +172,7 @@ def test_a_step_larger_than_its_bucket_is_an_error() -> None:
     with pytest.raises((AssertionError, ValueError, IndexError)):
         pack_step([row] * 9, DECODE, GEOMETRY)
     with pytest.raises((AssertionError, ValueError, IndexError)):
-        pack_step([replace(row, tokens=[5] * 4)] * 7, MIXED, GEOMETRY)
+        pack_step([row._replace(tokens=[5] * 4)] * 7, MIXED, GEOMETRY)
 
 
 def test_packed_arrays_are_fresh() -> None:
@@ -207,11 +210,11 @@ def test_rows_that_sample_are_packed_and_no_others(rows: list[RowPlan]) -> None:
             assert not any(at[name][b].any() for name in at if name != "slot")
             continue
         words = at["seed"][b].view(np.uint32)
-        assert int(words[0]) + (int(words[1]) << 32) == row.seed
+        assert int(words[0]) + (int(words[1]) << 32) == row.draw.seed
         assert at["position"][b] == row.position + row.length, "of the token to be drawn"
-        names = ("slot", "top_k", "hold_stop", "stateful")
-        assert [at[name][b] for name in names] == [getattr(row, name) for name in names]
-        assert floats[:, b].tolist() == [getattr(row, name) for name in SAMPLE_FLOATS]
+        assert (at["slot"][b], at["hold_stop"][b]) == (row.slot, row.hold_stop)
+        assert (at["top_k"][b], at["stateful"][b]) == (row.draw.top_k, row.draw.stateful)
+        assert floats[:, b].tolist() == [getattr(row.draw, name) for name in SAMPLE_FLOATS]
 
 
 def test_segments_are_the_rows_of_one_adapter_side_by_side() -> None:
@@ -219,8 +222,8 @@ def test_segments_are_the_rows_of_one_adapter_side_by_side() -> None:
     a, b = (Placement(name, (1,), none, none, none, none) for name in "ab")
     base = RowPlan([1], False, 0, [1], 0, True)
     rows = [
-        base, replace(base, tokens=[1, 2]), replace(base, placement=a, fed=True),
-        replace(base, placement=a), replace(base, placement=b, tokens=[], fed=True),
+        base, base._replace(tokens=[1, 2]), base._replace(placement=a, fed=True),
+        base._replace(placement=a), base._replace(placement=b, tokens=[], fed=True),
     ]  # fmt: skip
     assert segments(rows) == [Segment(a, 3, 6), Segment(b, 6, 7)]
     assert segments(rows[:2]) == []

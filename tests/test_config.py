@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -17,6 +18,11 @@ from jslora.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"source": "m"}}
 SECRET = "sk-Quite.Secret/123"
+TENANTS: dict[str, Any] = {
+    "policy": ["priority", "fair_tenants", "slo"],
+    "tenants": {"a": {"share": 3, "max_outstanding": 7}, "*": {"priority": 1, "ttft_slo": 2.5}},
+    "adapters": {"sql": {"tokens_per_minute": 600}},
+}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -36,7 +42,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_the_configurations_we_ship_are_valid(path: Path) -> None:
+def test_the_configurations_we_ship_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in re.findall(r"\$\{(\w+)\}", path.read_text()):
+        monkeypatch.setenv(name, f"secret of {name}")
     assert load(path).model.source
 
 
@@ -49,8 +57,10 @@ def test_everything_but_the_source_has_a_default() -> None:
 
 
 def test_a_configuration_survives_the_way_to_the_engine_process() -> None:
-    config = parse(MINIMAL | {"adapters": {"host_cache_bytes": "1.5GiB", "roots": ["/a"]}})
-    assert EngineConfig.model_validate(json.loads(config.model_dump_json())) == config
+    adapters = {"host_cache_bytes": "1.5GiB", "roots": ["/a"]}
+    for scheduler in ({}, TENANTS, TENANTS | {"policy": [], "tenants": {"a": {}}}):
+        config = parse(MINIMAL | {"adapters": adapters, "scheduler": scheduler})
+        assert EngineConfig.model_validate(json.loads(config.model_dump_json())) == config
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,14 @@ def test_paths_at_home_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
             {"auth": {"keys": {SECRET: {"tenent": "a"}}}},
             "auth.keys.<key>.tenent: unknown key; the nearest valid key is 'tenant'",
         ),
+        (
+            {"scheduler": {"tenants": {"sql-team": {"shares": 2}}}},
+            "scheduler.tenants.sql-team.shares: unknown key; the nearest valid key is 'share'",
+        ),
+        (
+            {"scheduler": {"adapters": {"*": {"sharing": 2}}}},
+            "scheduler.adapters.*.sharing: unknown key; the nearest valid key is 'share'",
+        ),
         ({"auth": {"key": {}}}, "auth.key: unknown key; the nearest valid key is 'keys'"),
     ],
 )  # fmt: skip
@@ -101,14 +119,15 @@ Place = tuple[tuple[str, ...], str]
 
 
 def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> list[Place]:
-    """Every key of every section with the path to it."""
+    """Every key of every section with the path to it; a mapping of sections has one named "x"."""
     found = []
     for name, field in model.model_fields.items():
         found.append((path, name))
-        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for part in inner:
+        inner = get_args(field.annotation)
+        named = ("x",) if get_origin(field.annotation) is dict else ()
+        for part in (field.annotation, *inner):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                found += sections(part, (*path, name))
+                found += sections(part, (*path, name, *named))
     return found
 
 

@@ -18,6 +18,7 @@ from goldens.cases import ADAPTERS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from short_answers import QUANTILE, expect_short_answers
 
 from jslora.engine import Completion, Engine
 from jslora.request import SamplingParams
@@ -104,7 +105,10 @@ def test_the_kernels_for_gpus_are_the_same(
     tmp: Path, alone: list[Completion], pool: dict[str, int]
 ) -> None:
     """Interpreted inside the step, with and without preemption."""
-    with small_engine(tmp, MODEL, adapters=PRELOADED, kernels="pallas", pool=pool) as engine:
+    with small_engine(
+        tmp, MODEL, adapters=PRELOADED, kernels="pallas", pool=pool, scheduler={"reserve": QUANTILE}
+    ) as engine:
+        engine.core.run_on_engine(lambda: expect_short_answers(engine.core.scheduler))
         assert engine.core.runner.catalog.kernels == Kernels("pallas", "pallas", "cpu")
         _assert_same(answers(engine, ASKS), alone)
         assert_nothing_leaked(engine)
@@ -114,8 +118,10 @@ def test_the_kernels_for_gpus_are_the_same(
 def tight(tmp: Path) -> Iterator[Engine]:
     """Half the tokens a step, and far fewer pages than its eight rows want."""
     with small_engine(
-        tmp, MODEL, adapters=PRELOADED, pool={"pages": 40}, scheduler={"max_step_tokens": 16}
-    ) as engine:
+        tmp, MODEL, adapters=PRELOADED, pool={"pages": 40},
+        scheduler={"max_step_tokens": 16, "reserve": QUANTILE},
+    ) as engine:  # fmt: skip
+        engine.core.run_on_engine(lambda: expect_short_answers(engine.core.scheduler))
         yield engine
 
 

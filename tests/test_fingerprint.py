@@ -94,10 +94,7 @@ def test_keys_written_under_another_adapter_raise_an_alarm(
     foreign = placed(engine, other) if other else None
 
     def change(plan: Plan) -> Plan:
-        rows = [
-            dataclasses.replace(row, placement=foreign) if row.position == 0 else row
-            for row in plan.rows
-        ]
+        rows = [row._replace(placement=foreign) if row.position == 0 else row for row in plan.rows]
         return dataclasses.replace(plan, rows=rows)
 
     interfere(engine, monkeypatch, change)
@@ -136,7 +133,7 @@ def test_a_page_that_was_not_written_or_is_another_prompts_raises_an_alarm(
         rows = plan.rows
         if len(rows) == 2 and all(row.position >= 16 for row in rows):
             strange = 0 if page == "zeros" else rows[0].pages[0]
-            rows[1] = dataclasses.replace(rows[1], pages=[strange, *rows[1].pages[1:]])
+            rows[1] = rows[1]._replace(pages=[strange, *rows[1].pages[1:]])
         return plan
 
     interfere(engine, monkeypatch, change)

@@ -75,13 +75,12 @@ def blobs_stay(patch: Patch) -> None:
 
 def stale_placements(patch: Patch) -> None:
     """An adapter that comes back is looked for where it was before."""
-    placement, known = Residency.placement, {}
+    acquire, known = Residency.acquire, {}
 
     def remembered(self: Residency, digest: str) -> Any:
-        found = placement(self, digest)
-        return found and known.setdefault((id(self), digest), found)
+        return known.setdefault((id(self), digest), acquire(self, digest))
 
-    patch.setattr(Residency, "placement", remembered)
+    patch.setattr(Residency, "acquire", remembered)
 
 
 def published_early(patch: Patch) -> None:
@@ -97,7 +96,8 @@ def published_early(patch: Patch) -> None:
     def publishing(planned: list, *arguments: Any) -> Any:
         made = make_plan(planned, *arguments)
         for sequence, _ in planned:
-            schedulers[0]._publish(sequence, min(sequence.computed, len(sequence.tokens)))
+            known = min(sequence.computed, len(sequence.tokens))
+            schedulers[0]._publish(sequence, known // schedulers[0].limits.page_size)
         return made
 
     patch.setattr(Scheduler, "plan", planning)
@@ -115,9 +115,10 @@ def never_idle(patch: Patch) -> None:
     """An adapter is held once more than it is let go."""
     acquire = Residency.acquire
 
-    def twice(self: Residency, digest: str) -> None:
-        acquire(self, digest)
+    def twice(self: Residency, digest: str) -> Any:
+        found = acquire(self, digest)
         self.residents[digest].users += self.residents[digest].users == 3
+        return found
 
     patch.setattr(Residency, "acquire", twice)
 

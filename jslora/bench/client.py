@@ -12,9 +12,10 @@ Hence aiohttp, to be run on uvloop where the measurement counts.
 """
 
 import asyncio
+import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -23,7 +24,7 @@ import aiohttp
 import msgspec
 
 from jslora.bench.stream import Failure, Stream, printable
-from jslora.bench.workload import Job, Spec, generate
+from jslora.bench.workload import Job, Spec, Trace, generate
 from jslora.errors import ConfigError, Unavailable
 
 Endpoint = Literal["completions", "chat"]
@@ -37,7 +38,11 @@ WARMUP_CONCURRENCY = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The server and how it is asked; `timeout` is seconds for one whole request.
+    """The server and how it is asked.
+
+    Attributes:
+        api_key: sent for tenants that have none in `tenant_keys`.
+        timeout: seconds for one whole request.
 
     Raises:
         ConfigError: a value is out of its range.
@@ -45,7 +50,8 @@ class Target:
 
     url: str
     endpoint: Endpoint = "completions"
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     temperature: float = 0.0
     ignore_eos: bool = False
     timeout: float = 600.0
@@ -102,7 +108,7 @@ class Record:
         arrivals: one per chunk: what one read delivered of text, one token or several.
         output_tokens: as the server counted them, or its token events where it did not.
         counted: whether `output_tokens` is the server's count.
-        error: None for a success, else the kind of what went wrong.
+        error: None for a success, else the kind of what went wrong: a status, and its type if any.
     """
 
     index: int
@@ -119,6 +125,7 @@ class Record:
     finish_reason: str | None
     error: str | None
     detail: str | None
+    tenant: str = "default"
 
     @property
     def ttft(self) -> float | None:
@@ -156,7 +163,10 @@ class Run:
 
 
 async def measure(
-    target: Target, spec: Spec, load: Load, ended: Callable[[Record], None] = lambda record: None
+    target: Target,
+    workload: Spec | Trace,
+    load: Load,
+    ended: Callable[[Record], None] = lambda record: None,
 ) -> list[Run]:
     """Warm the server up, then run the workload `load.repeat` times; `ended` sees each record.
 
@@ -164,12 +174,12 @@ async def measure(
         ConfigError: an open loop without arrival times.
         Unavailable: a request of the warm-up failed.
     """
-    if load.concurrency is None and spec.rate is None:
+    if load.concurrency is None and isinstance(workload, Spec) and workload.rate is None:
         raise ConfigError("give either a concurrency or a rate")
     async with Client(target) as client:
-        await warm_up(client, spec, load.warmup, load.concurrency or WARMUP_CONCURRENCY)
+        await warm_up(client, workload, load.warmup, load.concurrency or WARMUP_CONCURRENCY)
         return [
-            await drive(client, generate(spec, run), load, ended)
+            await drive(client, generate(workload, run), load, ended)
             for run in range(1, load.repeat + 1)
         ]
 
@@ -181,6 +191,14 @@ class _Model(msgspec.Struct):
 
 class _Models(msgspec.Struct):
     data: list[_Model]
+
+
+class _Error(msgspec.Struct):
+    type: str
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error
 
 
 class Client:
@@ -240,7 +258,7 @@ class Client:
         detail: str | None = None
         sent = time.perf_counter()
         try:
-            await self._follow(body, stream)
+            await self._follow(job, body, stream)
         except Failure as failure:
             kind, detail = failure.kind, failure.detail
         except TimeoutError:
@@ -258,24 +276,29 @@ class Client:
             arrivals=tuple(arrival - begin for arrival in stream.arrivals),
             end=end - begin,
             asked_tokens=job.output_tokens,
-            input_tokens=usage.prompt_tokens if usage else _known_length(job),
+            input_tokens=usage.prompt_tokens if usage else job.input_tokens,
             cached_tokens=usage.cached_tokens if usage else 0,
             output_tokens=usage.completion_tokens if usage else stream.token_events,
             counted=usage is not None,
             finish_reason=stream.finish_reason,
             error=kind,
             detail=detail,
+            tenant=job.tenant,
         )
 
-    async def _follow(self, body: bytes, stream: Stream) -> None:
-        async with self._session.post(self._url, data=body, allow_redirects=False) as response:
+    async def _follow(self, job: Job, body: bytes, stream: Stream) -> None:
+        key = self._target.tenant_keys.get(job.tenant)
+        headers = None if key is None else {"Authorization": f"Bearer {key}"}
+        async with self._session.post(
+            self._url, data=body, headers=headers, allow_redirects=False
+        ) as response:
             await _check(response, "text/event-stream")
             async for data in response.content.iter_any():
                 stream.feed(data, time.perf_counter())
         stream.finish()
 
     def _body(self, job: Job) -> bytes:
-        body = {
+        body: dict[str, Any] = {
             "model": job.model,
             "messages" if self._target.endpoint == "chat" else "prompt": job.prompt,
             "max_tokens": job.output_tokens,
@@ -285,13 +308,17 @@ class Client:
         }
         if self._target.ignore_eos:
             body["ignore_eos"] = True
+        if job.priority:
+            body["priority"] = job.priority
+        if job.ttft_slo is not None:
+            body["ttft_slo"] = job.ttft_slo
         return msgspec.json.encode(body)
 
 
 Send = Callable[[Job, float | None], Coroutine[Any, Any, None]]
 
 
-async def warm_up(client: Client, spec: Spec, requests: int, concurrency: int) -> None:
+async def warm_up(client: Client, workload: Spec | Trace, requests: int, concurrency: int) -> None:
     """Send requests that nobody measures.
 
     Raises:
@@ -300,7 +327,7 @@ async def warm_up(client: Client, spec: Spec, requests: int, concurrency: int) -
     if not requests:
         return
     closed = Load(concurrency=concurrency, requests=requests)
-    run = await drive(client, generate(spec, 0), closed)
+    run = await drive(client, generate(workload, 0), closed)
     failed = [record for record in run.records if record.error]
     if failed:
         raise Unavailable(
@@ -363,8 +390,8 @@ async def _open_loop(jobs: Iterator[Job], duration: float | None, begin: float, 
 
 async def _check(response: aiohttp.ClientResponse, content_type: str) -> None:
     if response.status != 200:
-        body = printable(await _read(response, MAX_ERROR_BYTES))
-        raise Failure(f"HTTP {response.status}", body)
+        body = await _read(response, MAX_ERROR_BYTES)
+        raise Failure(f"HTTP {response.status}{_error_type(body)}", printable(body))
     if response.content_type != content_type:
         raise Failure("wrong content type", f"{response.content_type}, not {content_type}")
 
@@ -379,9 +406,13 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     return body[:limit]
 
 
-def _known_length(job: Job) -> int:
-    """Prompt tokens as far as the client knows them: text is counted by servers only."""
-    return sum(isinstance(token, int) for token in job.prompt)
+def _error_type(body: bytes) -> str:
+    """The type that an error object of the API's form names, after a space; or nothing."""
+    try:
+        kind = msgspec.json.decode(body, type=_Refusal).error.type
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+    return f" {kind}" if re.fullmatch(r"\w{1,64}", kind, re.ASCII) else ""
 
 
 def _explain(error: Exception) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import aiohttp
 import msgspec
@@ -21,6 +21,8 @@ import numpy as np
 
 from jslora import __version__
 from jslora.bench.client import Record, Run
+
+Key = Literal["model", "tenant"]
 
 SCHEMA = 1
 DEFINITIONS = {
@@ -91,12 +93,12 @@ def summarize(run: Run) -> Summary:
     return _summarize(run.records, run.duration, run.cpu_seconds)
 
 
-def summarize_models(run: Run) -> dict[str, Summary]:
-    """Return each model's share of a run; rates are over the whole run's duration."""
+def summarize_by(run: Run, key: Key) -> dict[str, Summary]:
+    """Return each model's or tenant's share of a run; rates are over the whole run's duration."""
     records: dict[str, list[Record]] = {}
     for record in run.records:
-        records.setdefault(record.model, []).append(record)
-    return {model: _summarize(own, run.duration, None) for model, own in sorted(records.items())}
+        records.setdefault(getattr(record, key), []).append(record)
+    return {name: _summarize(own, run.duration, None) for name, own in sorted(records.items())}
 
 
 def _summarize(records: Sequence[Record], duration: float, cpu_seconds: float | None) -> Summary:
@@ -163,13 +165,16 @@ def group_errors(records: Sequence[Record]) -> tuple[ErrorGroup, ...]:
     )
 
 
-def render(runs: Sequence[Run], *, per_model: bool = False) -> str:
-    """Return the report as text: the run of median output throughput, and how runs spread."""
+def render(runs: Sequence[Run], tables: Sequence[Key] = ()) -> str:
+    """Return the report as text: the run of median output throughput, and how runs spread.
+
+    `tables` adds what each model or each tenant got.
+    """
     summaries = [summarize(run) for run in runs]
     shown = middle(summaries)
     lines = _block(summaries[shown])
-    if per_model:
-        lines += ["", *_model_table(summarize_models(runs[shown]))]
+    for key in tables:
+        lines += ["", *_share_table(key, summarize_by(runs[shown], key))]
     if len(runs) > 1:
         lines += ["", *_spread_table(summaries, shown)]
     return "\n".join(lines)
@@ -194,7 +199,10 @@ def as_json(runs: Sequence[Run], conditions: dict[str, Any]) -> bytes:
             {
                 "started": run.started,
                 "summary": asdict(summary),
-                "models": {name: asdict(own) for name, own in summarize_models(run).items()},
+                **{
+                    f"{key}s": {name: asdict(own) for name, own in summarize_by(run, key).items()}
+                    for key in get_args(Key)
+                },
                 "requests": [_request(record) for record in run.records],
             }
             for run, summary in zip(runs, summaries, strict=True)
@@ -278,11 +286,11 @@ def _latency_row(name: str, latency: Latency | None) -> str:
     return f"{name:<18}" + "".join(f"{_number(value):>11}" for value in values)
 
 
-def _model_table(models: dict[str, Summary]) -> list[str]:
-    width = max(len(name) for name in ("model", *models))
+def _share_table(key: Key, shares: dict[str, Summary]) -> list[str]:
+    width = max(len(name) for name in (key, *shares))
     titles = ("ok", "failed", "tok/s", "TTFT p50", "TTFT p99", "ITL p50", "TPOT p50", "E2E p50")
-    lines = [f"{'model':<{width}}" + "".join(f"{title:>10}" for title in titles)]
-    for name, own in models.items():
+    lines = [f"{key:<{width}}" + "".join(f"{title:>10}" for title in titles)]
+    for name, own in shares.items():
         cells = [
             str(own.successful),
             str(own.failed),

@@ -121,14 +121,20 @@ class Stream:
     def _take(self, payload: bytes) -> None:
         try:
             event = _decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Failure("malformed stream", f"{error}: {printable(payload)}") from None
         if event.error or event.object == "error":
-            raise Failure("error event", printable(payload))
+            raise Failure(f"error event {_type(event.error)}".strip(), printable(payload))
         self.usage = event.usage or self.usage
         for choice in event.choices:
             self.token_events += _brings_token(choice)
             self.finish_reason = choice.finish_reason or self.finish_reason
+
+
+def _type(error: Any) -> str:
+    """An error's type, if it says one that can be counted by."""
+    told = error.get("type") if isinstance(error, dict) else None
+    return printable(told)[:64] if isinstance(told, str) else ""
 
 
 def _brings_token(choice: _Choice) -> bool:

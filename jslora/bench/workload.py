@@ -1,13 +1,13 @@
-"""What a benchmark sends and when: an endless sequence of jobs, a pure function of a `Spec`.
+"""What a benchmark sends and when: jobs without end, a pure function of a `Spec`, or a trace.
 
 Invariants: the same spec and run give the same jobs, however many are taken. Arrivals, models and
 prompts come from separate random streams, so changing one leaves the others as they were. Random
 prompts differ from run to run, or a server's prefix cache would make every run after the first
-look better; arrivals and models do not. Host only: no jax.
+look better; arrivals and models do not. A trace is sent as it is written. Host only: no jax.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,8 +27,10 @@ class Job:
 
     Attributes:
         arrival: seconds after the start of the run; 0 where no rate is set.
-        prompt: token ids, text, or chat messages.
+        prompt: token ids, text, or chat messages; never empty.
         output_tokens: tokens to ask for.
+        tenant: whose key it is sent with.
+        priority, ttft_slo: as the request's own (`jslora.request`).
     """
 
     index: int
@@ -36,6 +38,17 @@ class Job:
     model: str
     prompt: Prompt
     output_tokens: int
+    tenant: str = "default"
+    priority: int = 0
+    ttft_slo: float | None = None
+
+    @property
+    def input_tokens(self) -> int:
+        """The prompt's length in token ids; 0 for text, which only a server can count."""
+        return len(self.prompt) if isinstance(self.prompt[0], int) else 0
+
+
+Trace = tuple[Job, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +95,18 @@ class Spec:
                 raise ConfigError(f"{name} is {value}; it must be a positive, finite number")
 
 
-def generate(spec: Spec, run: int) -> Iterator[Job]:
-    """Yield the jobs of one run, without end; run 0 is for warming up."""
+def generate(workload: Spec | Trace, run: int) -> Iterator[Job]:
+    """Yield the jobs of one run; run 0 is for warming up.
+
+    A spec has no end. A trace is the same in every run but run 0, whose token ids are drawn anew,
+    or warming up would leave the measured prompts in a prefix cache.
+    """
+    if isinstance(workload, Spec):
+        return _endless(workload, run)
+    return iter(workload if run else map(_redrawn, workload))
+
+
+def _endless(spec: Spec, run: int) -> Iterator[Job]:
     arrivals, models, prompts = _arrivals(spec), _models(spec), _prompts(spec, run)
     for index in count():
         yield Job(
@@ -93,6 +116,13 @@ def generate(spec: Spec, run: int) -> Iterator[Job]:
             prompt=next(prompts),
             output_tokens=spec.output_tokens,
         )
+
+
+def _redrawn(job: Job) -> Job:
+    if not job.input_tokens:
+        return job
+    below = 1 + max(token for token in job.prompt if isinstance(token, int))
+    return replace(job, prompt=draw_prompt(stream(0, 3, job.index), below, job.input_tokens))
 
 
 def load_prompts(path: Path, endpoint: str) -> tuple[Prompt, ...]:
@@ -131,25 +161,41 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
 def _parse_line(line: bytes, endpoint: str, where: str) -> Prompt:
     try:
         entry = msgspec.json.decode(line, type=_Line)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{where}: {error}") from None
     if bool(entry.prompt) == bool(entry.messages):
         raise ConfigError(f"{where}: expected either a prompt or messages, not empty")
-    if entry.messages:
-        if endpoint != "chat":
-            raise ConfigError(f"{where}: messages can only be sent to the chat endpoint")
-        return tuple(entry.messages)
-    text = entry.prompt or ""
-    return ({"role": "user", "content": text},) if endpoint == "chat" else text
+    return fit(tuple(entry.messages or ()) or entry.prompt or "", endpoint, where)
 
 
-def _stream(spec: Spec, *key: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(spec.seed, spawn_key=key))
+def fit(prompt: Prompt, endpoint: str, where: str) -> Prompt:
+    """Return a prompt as `endpoint` takes it: text sent to the chat endpoint is a user's message.
+
+    Raises:
+        ConfigError: messages for another endpoint, or token ids for this one; it names `where`.
+    """
+    if isinstance(prompt, str):
+        return ({"role": "user", "content": prompt},) if endpoint == "chat" else prompt
+    if isinstance(prompt[0], dict) and endpoint != "chat":
+        raise ConfigError(f"{where}: messages can only be sent to the chat endpoint")
+    if isinstance(prompt[0], int) and endpoint == "chat":
+        raise ConfigError(f"{where}: the chat endpoint takes no token ids")
+    return prompt
+
+
+def stream(seed: int, *key: int) -> np.random.Generator:
+    """Return the random stream of `seed` that `key` names, independent of all others."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def draw_prompt(rng: np.random.Generator, vocab: int, length: int) -> tuple[int, ...]:
+    """Return `length` random token ids below `vocab`."""
+    return tuple(rng.integers(vocab, size=length).tolist())
 
 
 def _arrivals(spec: Spec) -> Iterator[float]:
     """Running sum of gamma gaps of mean 1/rate and coefficient of variation burstiness^-1/2."""
-    rng = _stream(spec, 0)
+    rng = stream(spec.seed, 0)
     if spec.rate is None:
         gaps: Iterator[float] = (0.0 for _ in count())
     else:
@@ -162,7 +208,7 @@ def _models(spec: Spec) -> Iterator[str]:
     if spec.assignment == "round-robin":
         return (spec.models[i % len(spec.models)] for i in count())
     alpha = spec.zipf_alpha if spec.assignment == "zipf" else 0.0
-    return _drawn(spec.models, np.cumsum(popularity(len(spec.models), alpha)), _stream(spec, 1))
+    return _drawn(spec.models, np.cumsum(popularity(len(spec.models), alpha)), stream(spec.seed, 1))
 
 
 def _drawn(models: Sequence[str], edges: np.ndarray, rng: np.random.Generator) -> Iterator[str]:
@@ -174,5 +220,5 @@ def _drawn(models: Sequence[str], edges: np.ndarray, rng: np.random.Generator) -
 def _prompts(spec: Spec, run: int) -> Iterator[Prompt]:
     if spec.prompts:
         return (spec.prompts[i % len(spec.prompts)] for i in count())
-    rng = _stream(spec, 2, run)
-    return (tuple(rng.integers(spec.vocab, size=spec.input_tokens).tolist()) for _ in count())
+    rng = stream(spec.seed, 2, run)
+    return (draw_prompt(rng, spec.vocab, spec.input_tokens) for _ in count())

@@ -21,8 +21,8 @@ class PageAllocator:
     def __init__(self, total: int) -> None:
         assert total >= 2, f"a pool of {total} pages has no page to give"
         self.total = total
-        self._count = np.zeros(total, np.int32)
-        self._count[0] = 1
+        self._count = np.zeros(total + 1, np.int32)
+        self._count[[0, total]] = 1  # the null page, and where the pool ends
         # Highest first; an entry may be stale (its page was taken by a run) and is then skipped.
         self._heap = [-page for page in range(total - 1, 0, -1)]
         self.free = total - 1
@@ -42,12 +42,13 @@ class PageAllocator:
 
     def free_run(self, n: int) -> int | None:
         """First of `n` consecutive free pages: of the shortest run that fits, the lowest."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[1], self._count != 0, [1]])))
+        if n > self.free:
+            return None
+        held = self._count != 0
+        edges = np.flatnonzero(held[1:] != held[:-1]) + 1
         starts, lengths = edges[::2], edges[1::2] - edges[::2]
         fits = np.flatnonzero(lengths >= n)
-        if n > self.free or len(fits) == 0:
-            return None
-        return int(starts[fits[np.argmin(lengths[fits])]])
+        return int(starts[fits[np.argmin(lengths[fits])]]) if len(fits) else None
 
     def take_at(self, first: int, n: int) -> list[int]:
         """The pages from `first` on, which must be free."""
@@ -59,7 +60,7 @@ class PageAllocator:
 
     def used(self) -> np.ndarray:
         """Of each page, whether anything holds it; page 0 counts as held."""
-        return self._count != 0
+        return self._count[:-1] != 0
 
     def holders(self, page: int) -> int:
         """How many hold a page."""
@@ -86,7 +87,7 @@ class PageAllocator:
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that every page's count is the number of `holders` that list it."""
         held = Counter(page for pages in holders for page in pages)
-        used = {int(page): int(self._count[page]) for page in np.flatnonzero(self._count)}
+        used = {int(page): int(self._count[page]) for page in np.flatnonzero(self.used())}
         used.pop(0, None)
         assert 0 not in held, "the null page is held"
         assert held == used, f"pages held and counted differ: {_difference(held, used)}"

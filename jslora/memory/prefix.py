@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jslora.memory.pages import PageAllocator
-from jslora.memory.worth import Clock, Kind
+from jslora.memory.worth import Clock, Kind, Numbers
 
 _GUESS = 0.02  # seconds to compute a page again, until it was measured
 
@@ -48,13 +48,13 @@ class PrefixCache:
 
     Attributes:
         kind: the time a page takes to compute, and how often pages are used again.
-        since: for idle pages the clock when they were last used, elsewhere NaN.
+        since: for idle pages the clock when they were last used, elsewhere infinite.
     """
 
     def __init__(self, pages: PageAllocator, clock: Clock, *, enabled: bool = True) -> None:
         self.enabled, self.evictions = enabled, 0
         self.kind = Kind(_GUESS)
-        self.since = np.full(pages.total, np.nan)
+        self.since = np.full(pages.total, np.inf)
         self._pages, self._clock = pages, clock
         self._entries: dict[bytes, _Entry] = {}
         self._by_page: dict[int, _Entry] = {}
@@ -71,8 +71,18 @@ class PrefixCache:
         self._pages.share(found)
         for page in found:
             if self._idle.pop(page, None) is not None:
-                self.since[page] = np.nan
+                self.since[page] = np.inf
                 self.kind.reused()
+        return found
+
+    def in_use(self, keys: Sequence[bytes]) -> int:
+        """Of the longest known beginning of `keys`, the leading pages that somebody else holds."""
+        found = 0
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or entry.page in self._idle:
+                break
+            found += 1
         return found
 
     def publish(self, key: bytes, page: int, digest: str) -> None:
@@ -96,7 +106,7 @@ class PrefixCache:
         """Pages that only the cache holds."""
         return len(self._idle)
 
-    def worth(self, since: np.ndarray | float) -> np.ndarray | float:
+    def worth(self, since: Numbers) -> Numbers:
         """What idle pages are worth by when they were last used."""
         return since + self.kind.saved
 
@@ -104,13 +114,13 @@ class PrefixCache:
     def least(self) -> float:
         """Worth of the idle page that goes first; infinite if there is none."""
         for page in self._idle:
-            return float(self.worth(self.since[page]))
+            return self.worth(float(self.since[page]))
         return np.inf
 
     def evict(self, page: int | None = None) -> None:
         """Free an idle page; by default the one of least worth."""
         page = next(iter(self._idle)) if page is None else page
-        self._clock.advance(float(self.worth(self.since[page])))
+        self._clock.advance(self.worth(float(self.since[page])))
         self.kind.evicted()
         self.evictions += 1
         self._forget(self._idle[page])
@@ -132,11 +142,11 @@ class PrefixCache:
     def _forget(self, entry: _Entry) -> None:
         del self._entries[entry.key], self._by_page[entry.page]
         self._idle.pop(entry.page, None)
-        self.since[entry.page] = np.nan
+        self.since[entry.page] = np.inf
         self._pages.release([entry.page])
 
     def check(self) -> None:
         """Assert that the idle pages are those that only the cache holds."""
         alone = {page for page in self._by_page if self._pages.holders(page) == 1}
         assert alone == self._idle.keys(), f"idle pages {sorted(alone ^ self._idle.keys())[:10]}"
-        assert alone == set(np.flatnonzero(~np.isnan(self.since)).tolist()), "since disagrees"
+        assert alone == set(np.flatnonzero(self.since < np.inf).tolist()), "since disagrees"

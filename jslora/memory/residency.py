@@ -6,8 +6,9 @@ transfer is done. An adapter is ready once its last chunk was dispatched, becaus
 the order. What has to leave to make room is not decided here (see `room`). Host only: no jax;
 `upload` is the runner's.
 
-Invariants: an adapter that is used or on its way keeps its pages; a transfer that fails takes its
-adapter away and nothing else.
+Invariants: an adapter that is used or on its way keeps its pages, all others are idle; a transfer
+that fails takes its adapter away and nothing else; a page holds the same number of bytes of every
+adapter, so that of idle ones the longest idle is worth least.
 """
 
 import time
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,10 @@ import numpy as np
 from jslora.adapters.version import Version
 from jslora.batch import Placement
 from jslora.memory.pages import PageAllocator
-from jslora.memory.worth import Clock, Kind
+from jslora.memory.worth import Clock, Kind, Numbers
+
+WRITES_PER_STEP, WRITES_PER_SECOND = 16, 800
+"""Uploaded chunks written into the pool between two steps: at least, and for a second of a step."""
 
 Upload = Callable[[np.ndarray, np.ndarray], "Future[Any]"]
 Outcome = tuple[Version, dict[str, float] | Exception]
@@ -30,24 +35,30 @@ Outcome = tuple[Version, dict[str, float] | Exception]
 _GUESS = 1e-9  # seconds to bring one byte, until it was measured
 
 
+def write_limit(step_seconds: float) -> int:
+    """How many chunks may be written before a step, if the last one took so long.
+
+    Writing delays everybody, a long step less than a short one in proportion.
+    """
+    return max(WRITES_PER_STEP, int(WRITES_PER_SECOND * step_seconds))
+
+
 @dataclass(slots=True)
 class Resident:
     """An adapter with pages on the device; `uploads` empty means ready.
 
     Attributes:
-        since: the clock when it was last used.
-        fresh: not used since it came.
-        started: when its first transfer was asked for, of `time.monotonic`.
+        started: when its first transfer was asked for.
+        since: the clock when it became idle.
     """
 
     version: Version
     placement: Placement
     uploads: deque["Future[Any]"]
-    since: float
     started: float
+    since: float = np.inf
     sent: float = 0.0
     users: int = 0
-    fresh: bool = True
     doomed: bool = False
 
     @property
@@ -62,9 +73,14 @@ class Residency:
     Attributes:
         layers, layer_pages: rows of the pool an adapter's page has, one in each layer.
         chunk: rows of the pool in one upload.
+        now: the time in seconds.
         told: what became of loads since this was looked at: the seconds of their stages, or what
             went wrong.
         pinned: digests that are evicted only as a last resort.
+        fresh: digests not used since they came.
+        used: pages of adapters that running sequences use.
+        since: of idle adapters' pages the clock when they became idle, elsewhere infinite.
+        before, after: of pages in a run how many of the run are before and after, elsewhere 0.
     """
 
     pages: PageAllocator
@@ -74,33 +90,62 @@ class Residency:
     layer_pages: int
     drop_row: int
     chunk: int
+    now: Callable[[], float] = time.monotonic
     told: list[Outcome] = field(default_factory=list)
     kind: Kind = field(default_factory=lambda: Kind(_GUESS))
     pinned: set[str] = field(default_factory=set)
     residents: dict[str, Resident] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)
+    used: int = 0
     loads: int = 0
     evictions: int = 0
+    since: np.ndarray = field(init=False)
+    before: np.ndarray = field(init=False)
+    after: np.ndarray = field(init=False)
+    _page_bytes: int = 0
+    _by_page: dict[int, Resident] = field(default_factory=dict)
+    _idle: dict[str, Resident] = field(default_factory=dict)  # longest idle first
     _coming: list[Resident] = field(default_factory=list)  # looked at in every step, so few
+
+    def __post_init__(self) -> None:
+        total = self.pages.total
+        self.since, self.before, self.after = np.full(total, np.inf), *np.zeros((2, total))
+
+    @property
+    def pages_held(self) -> int:
+        """Pages of all adapters that are here, or on their way."""
+        return len(self._by_page)
 
     # Coming --------------------------------------------------------------------------------------
 
     def bring(self, version: Version, blob: np.ndarray, pages: list[int]) -> None:
         """Start sending an adapter to pages taken for it, which it owns from now on."""
         assert version.digest not in self.residents, f"adapter {version.digest[:12]} is here"
+        page_bytes = version.packed_bytes // version.n_pages
+        assert self._page_bytes in (0, page_bytes), f"{page_bytes} bytes in a page"
+        self._page_bytes = page_bytes
         placement = Placement(
             version.digest, tuple(pages), version.a_offset, version.b_offset,
             version.rank, version.scale,
         )  # fmt: skip
         try:
-            started = time.monotonic()
+            started = self.now()
             uploads = deque(self._send(blob, pages))
         except BaseException:
             self.pages.release(pages)
             raise
-        resident = Resident(version, placement, uploads, self.clock.tick(), started)
-        self.residents[version.digest] = resident
-        self._coming.append(resident)
+        self._coming.append(self._settle(Resident(version, placement, uploads, started)))
         self.loads += 1
+
+    def _settle(self, resident: Resident) -> Resident:
+        digest, pages = resident.version.digest, resident.placement.pages
+        self.residents[digest] = resident
+        self.fresh.add(digest)
+        self._by_page.update(dict.fromkeys(pages, resident))
+        if resident.placement.is_run:
+            self.before[pages[0] : pages[-1] + 1] = np.arange(len(pages))
+            self.after[pages[0] : pages[-1] + 1] = np.arange(len(pages))[::-1]
+        return resident
 
     def _send(self, blob: np.ndarray, pages: list[int]) -> Iterator["Future[Any]"]:
         first = np.arange(self.layers, dtype=np.int32)[:, None] * self.layer_pages
@@ -135,8 +180,8 @@ class Residency:
                 self._drop(resident)
                 self.told.append((resident.version, error))
                 continue
-            if resident.doomed and not resident.busy:
-                self._drop(resident)
+            if not resident.uploads:
+                self._rest(resident)
         self._coming = [resident for resident in self._coming if resident.uploads]
         return found
 
@@ -146,7 +191,7 @@ class Residency:
             wait(coming, patience, FIRST_COMPLETED)
 
     def _note(self, resident: Resident) -> None:
-        now = time.monotonic()
+        now = self.now()
         if not resident.sent:
             resident.sent = now
         if not resident.uploads:
@@ -167,38 +212,67 @@ class Residency:
         resident = self.residents.get(digest)
         return resident.placement if resident and not resident.uploads else None
 
-    def acquire(self, digest: str) -> None:
-        """Hold a ready adapter for a running sequence."""
+    def acquire(self, digest: str) -> Placement:
+        """Hold a ready adapter for a running sequence; it stays where it is until released."""
         resident = self.residents[digest]
-        if not (resident.fresh or resident.users):
-            self.kind.reused()
+        if not resident.users:
+            if digest not in self.fresh:
+                self.kind.reused()
+            self._wake(resident)
+            self.used += len(resident.placement.pages)
         resident.users += 1
-        resident.fresh = False
+        self.fresh.discard(digest)
+        return resident.placement
 
     def release(self, digest: str) -> None:
         resident = self.residents[digest]
         assert resident.users > 0, f"adapter {digest[:12]} is not in use"
         resident.users -= 1
-        resident.since = self.clock.tick()
-        if resident.doomed and not resident.busy:
+        if not resident.users:
+            self.used -= len(resident.placement.pages)
+            self._rest(resident)
+
+    def _rest(self, resident: Resident) -> None:
+        """Nothing uses an adapter any more."""
+        if resident.doomed:
             self._drop(resident)
+            return
+        resident.since = self.clock.tick()
+        self._idle[resident.version.digest] = resident
+        self.since[list(resident.placement.pages)] = resident.since
+
+    def _wake(self, resident: Resident) -> None:
+        """An adapter is idle no more."""
+        del self._idle[resident.version.digest]
+        self.since[list(resident.placement.pages)] = np.inf
 
     # Going ---------------------------------------------------------------------------------------
 
-    def idle(self, keep: Collection[str]) -> list[Resident]:
-        """Adapters that may leave, those of least worth first."""
-        found = [r for d, r in self.residents.items() if not r.busy and d not in keep]
-        return sorted(found, key=self.worth)
+    def idle(self, keep: Collection[str]) -> Iterator[Resident]:
+        """Adapters that may leave, those of least worth first; each may be evicted when it came."""
+        for digest in filterfalse(keep.__contains__, list(self._idle)):  # there may be thousands
+            yield self._idle[digest]
 
-    def worth(self, resident: Resident) -> float:
-        """What a page of an idle adapter is worth (see `worth`)."""
-        version = resident.version
-        return resident.since + self.kind.saved * version.packed_bytes / version.n_pages
+    def among(self, pages: range) -> list[Resident]:
+        """Adapters that have any of these pages, those of least worth first."""
+        found = {r.version.digest: r for page in pages if (r := self._by_page.get(page))}
+        return sorted(found.values(), key=lambda resident: resident.since)
+
+    def worth(self, since: Numbers) -> Numbers:
+        """What pages of idle adapters are worth by when they became idle (see `worth`)."""
+        return since + self.kind.saved * self._page_bytes
+
+    @property
+    def least(self) -> float:
+        """Worth of the adapter that goes first; infinite if none is idle."""
+        for resident in self._idle.values():
+            return self.worth(resident.since)
+        return np.inf
 
     def evict(self, resident: Resident) -> None:
         """Free an idle adapter's pages."""
         assert not resident.busy, f"adapter {resident.version.digest[:12]} is in use"
-        self.clock.advance(self.worth(resident))
+        self.clock.advance(self.worth(resident.since))
         self.kind.evicted()
         self.evictions += 1
         self._drop(resident)
@@ -223,5 +297,30 @@ class Residency:
         self._coming.clear()
 
     def _drop(self, resident: Resident) -> None:
-        del self.residents[resident.version.digest]
-        self.pages.release(resident.placement.pages)
+        assert not resident.users, f"{resident.users} use adapter {resident.version.digest[:12]}"
+        digest, pages = resident.version.digest, list(resident.placement.pages)
+        if digest in self._idle:
+            self._wake(resident)
+        del self.residents[digest]
+        self.fresh.discard(digest)
+        for page in pages:
+            del self._by_page[page]
+        self.before[pages] = self.after[pages] = 0
+        self.pages.release(pages)
+
+    def check(self) -> None:
+        """Assert that what is noted of every page agrees with the adapters."""
+        idle = {digest: r for digest, r in self.residents.items() if not r.busy}
+        assert idle == self._idle, f"idle: {sorted(idle.keys() ^ self._idle.keys())[:10]}"
+        times = [resident.since for resident in self._idle.values()]
+        assert times == sorted(times), "idle adapters are not in order"
+        since, inside = np.full(self.pages.total, np.inf), np.zeros(self.pages.total)
+        owners: dict[int, Resident] = {}
+        for resident in self.residents.values():
+            pages = resident.placement.pages
+            owners.update(dict.fromkeys(pages, resident))
+            if not resident.busy:
+                since[list(pages)] = resident.since
+            inside[list(pages)] = len(pages) - 1 if resident.placement.is_run else 0
+        assert owners == self._by_page, "pages and adapters disagree"
+        assert (since == self.since).all() and (inside == self.before + self.after).all()

@@ -13,10 +13,12 @@ import numpy as np
 
 from jslora.memory.pages import PageAllocator
 from jslora.memory.prefix import PrefixCache
-from jslora.memory.residency import Residency, Resident
+from jslora.memory.residency import Residency
 
 _FEW = 1e-7
 """Seconds that giving up any page costs at least, so that fewer are given up among equals."""
+_NEVER = 1e12
+"""Seconds that giving up a page costs that must not be given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +31,18 @@ class Room:
 
     def take(self, n: int, keep: Collection[str] = ()) -> list[int] | None:
         """`n` single pages; None if giving up all but the adapters in `keep` were not enough."""
-        if self.pages.free >= n:  # so it mostly is, and there may be thousands of adapters
-            return self.pages.take(n)
-        idle = self.residency.idle(keep)
-        if self._within_reach(idle) < n:
+        if not self._within_reach(n, keep):
             return None
-        leaving = iter(idle)
-        adapter = next(leaving, None)
+        leaving, adapter = self.residency.idle(keep), None
         while self.pages.free < n:
-            if adapter is None or self.prefix.least <= self.residency.worth(adapter):
+            cached = self.prefix.least
+            if cached > self.residency.least:  # else none has to be looked for
+                adapter = adapter or next(leaving, None)
+            if adapter is None or cached <= self.residency.worth(adapter.since):
                 self.prefix.evict()
             else:
                 self.residency.evict(adapter)
-                adapter = next(leaving, None)
+                adapter = None
         return self.pages.take(n)
 
     def take_free_run(self, n: int) -> list[int] | None:
@@ -54,61 +55,63 @@ class Room:
 
         None if `spare` more could not be had afterwards, in the same way as by `take`.
         """
-        if self.pages.free >= n + spare and (pages := self.take_free_run(n)) is not None:
-            return pages
-        idle = self.residency.idle(keep)
-        if self._within_reach(idle) < n + spare:
+        if not self._within_reach(n + spare, keep):
             return None
-        pages = self.take_free_run(n)
-        if pages is None and (first := self._clear_run(n, idle)) is not None:
-            pages = self.pages.take_at(first, n)
-        return self.take(n, keep) if pages is None else pages
+        first = self.pages.free_run(n)
+        if first is None:
+            first = self._clear_run(n, keep)
+        return self.take(n, keep) if first is None else self.pages.take_at(first, n)
 
-    def _within_reach(self, idle: list[Resident]) -> int:
-        adapters = sum(len(resident.placement.pages) for resident in idle)
-        return self.pages.free + self.prefix.idle + adapters
+    def _within_reach(self, n: int, keep: Collection[str]) -> bool:
+        """Whether `n` pages are free or may leave; looks at no more adapters than it must."""
+        found, adapters = self.pages.free + self.prefix.idle, self.residency.idle(keep)
+        while found < n and (adapter := next(adapters, None)):
+            found += len(adapter.placement.pages)
+        return found >= n
 
-    def _clear_run(self, n: int, idle: list[Resident]) -> int | None:
+    def _clear_run(self, n: int, keep: Collection[str]) -> int | None:
         """Make `n` consecutive pages free at the least cost; the first, or None if none can be."""
-        cached = ~np.isnan(self.prefix.since)
-        times = [*self.prefix.since[cached], *(resident.since for resident in idle)]
-        oldest = min(times, default=0.0)  # what all have in common would count large things twice
-        cost = np.where(self.pages.used(), np.inf, 0.0)
-        cost[cached] = self.prefix.worth(self.prefix.since[cached]) - oldest + _FEW
-        for resident in idle:
-            cost[list(resident.placement.pages)] = self.residency.worth(resident) - oldest + _FEW
-        first = _cheapest(cost, n, [resident for resident in idle if resident.placement.is_run])
+        first = _cheapest(self._costs(keep), n, self.residency.before, self.residency.after)
         if first is None:
             return None
-        for resident in idle:
-            if any(first <= page < first + n for page in resident.placement.pages):
-                self.residency.evict(resident)
+        for resident in self.residency.among(range(first, first + n)):
+            self.residency.evict(resident)
         for page in range(first, first + n):
-            if cached[page]:
+            if self.prefix.since[page] < np.inf:
                 self.prefix.evict(page)
         return first
 
+    def _costs(self, keep: Collection[str]) -> np.ndarray:
+        """Of each page, what giving it up costs."""
+        residents = self.residency.residents
+        kept = [residents[digest].placement.pages for digest in keep if digest in residents]
+        cached, adapters = self.prefix.since, self.residency.since.copy()
+        adapters[[page for pages in kept for page in pages]] = np.inf
+        # What all have in common would count large things twice.
+        oldest = min(cached.min(), adapters.min(), _NEVER)
+        worth = np.minimum(self.prefix.worth(cached), self.residency.worth(adapters))
+        return np.minimum(worth - oldest + _FEW, _NEVER) * self.pages.used()
 
-def _cheapest(cost: np.ndarray, n: int, runs: list[Resident]) -> int | None:
-    """Where `n` consecutive pages cost least; an adapter cut by an end costs all its pages."""
-    out_of_reach = np.isinf(cost)
-    found = np.where(out_of_reach, 0.0, cost)
-    if len(found) - out_of_reach.sum() < n:
-        return None
-    total = _windows(found, n)
-    total[_windows(out_of_reach.astype(np.float64), n) > 0.5] = np.inf
-    for resident in runs:
-        start, end = resident.placement.pages[0], resident.placement.pages[-1] + 1
-        each = found[start]
-        inside = np.arange(start + 1, min(end, len(total)))
-        total[inside] += (inside - start) * each
-        inside = np.arange(max(start + 1 - n, 0), max(min(end - n, len(total)), 0))
-        total[inside] += (end - n - inside) * each
+
+def _cheapest(cost: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -> int | None:
+    """Where `n` consecutive pages cost least; an adapter cut by an end costs all its pages.
+
+    Args:
+        before, after: see `Residency`.
+    """
+    total, last = _windows(cost, n), n - 1
+    total += before[: len(total)] * cost[: len(total)] + after[last:] * cost[last:]
     first = int(np.argmin(total))
-    return first if np.isfinite(total[first]) else None
+    return first if total[first] < _NEVER else None
 
 
 def _windows(values: np.ndarray, n: int) -> np.ndarray:
-    """Sums of `n` consecutive values."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return sums[n:] - sums[:-n]
+    """Sums of `n` consecutive values, put together from sums of 1, 2, 4, ... of them."""
+    total = np.zeros(len(values) - n + 1)
+    sums, size, at = values, 1, 0
+    while at < n:
+        if n & size:
+            total += sums[at : at + len(total)]
+            at += size
+        sums, size = sums[:-size] + sums[size:], 2 * size
+    return total

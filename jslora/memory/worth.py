@@ -10,6 +10,11 @@ Host only: no jax.
 """
 
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 _SLOWNESS = 0.01  # weight of the newest observation
 _TICK = 1e-9  # far less than anything saves

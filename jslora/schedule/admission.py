@@ -1,4 +1,4 @@
-"""What a request may ask for, whoever sends it: settings in range, token ids in the vocabulary.
+"""What a request may ask for, whoever sends it: settings in range, ids in the vocabulary, a fit.
 
 The server checks bodies more closely and earlier; this is the last word before the device, where a
 number of the wrong kind would fail the step of everybody. Host only: no jax.
@@ -6,8 +6,11 @@ number of the wrong kind would fail the step of everybody. Host only: no jax.
 
 from collections.abc import Iterable
 
-from jslora.errors import InvalidRequest
+from jslora.adapters.registration import Registration
+from jslora.errors import InvalidRequest, Overloaded
 from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Request, SamplingParams
+from jslora.schedule.plan import Limits
+from jslora.schedule.settings import SchedulerSection
 
 _INT32 = 2**31 - 1
 
@@ -38,12 +41,52 @@ REAL: dict[str, Ends] = {
 POSITIVE = ("top_p", "repetition_penalty")
 
 
-def check_settings(request: Request, vocab_size: int) -> None:
-    """Refuse what the device cannot serve.
+def check(
+    request: Request, registration: Registration | None, limits: Limits, pages: int,
+    section: SchedulerSection,
+) -> None:  # fmt: skip
+    """Refuse what can never be served.
+
+    Args:
+        pages: of the pool.
 
     Raises:
-        InvalidRequest: a setting or a token id is out of range; names which, and what is allowed.
+        InvalidRequest: a setting or a token id is out of range, a wish is one that no policy looks
+            at, or the request cannot fit; names which, and what is allowed.
     """
+    section.check_wishes(request.priority, request.ttft_slo)
+    prompt, most = len(request.prompt), request.params.max_tokens
+    if prompt == 0:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    _check_settings(request, limits.vocab_size)
+    total = prompt + most
+    if total > limits.max_model_len:
+        raise InvalidRequest(
+            f"{prompt} prompt tokens and max_tokens {most} make {total}; "
+            f"the model's context is {limits.max_model_len}",
+            param="max_tokens",
+        )
+    own = registration.n_pages if registration else 0
+    if limits.pages(total) + own > pages - 1:
+        raise InvalidRequest(
+            f"{total} tokens need {limits.pages(total)} pages beside the adapter's {own}; "
+            f"the pool has {pages - 1}",
+            param="max_tokens",
+        )
+
+
+def check_queue(request: Request, limits: Limits, waiting: int, tokens: int) -> None:
+    """Refuse what the queue has no place for, beside so many sequences and prompt tokens.
+
+    Raises:
+        Overloaded: it is full.
+    """
+    tokens_full = waiting and tokens + len(request.prompt) > limits.max_queued_tokens
+    if waiting >= limits.max_queued or tokens_full:
+        raise Overloaded(f"{waiting} requests are waiting; the queue is full")
+
+
+def _check_settings(request: Request, vocab_size: int) -> None:
     params = request.params
     for name, ends in WHOLE.items():
         value = getattr(params, name)

@@ -7,34 +7,50 @@ import math
 
 from jslora.batch import RowPlan
 from jslora.errors import CorruptOutput, JsloraError
-from jslora.request import ErrorInfo, TokenEvent, TokenLogprob
+from jslora.request import ErrorInfo, SamplingParams, TokenEvent, TokenLogprob
 from jslora.schedule.plan import Results
 from jslora.schedule.sequence import Sequence
 
 
 def news(
-    sequence: Sequence, row: RowPlan, b: int, results: Results, eos: tuple[int, ...]
-) -> TokenEvent | None:
-    """What row `b` of a step means for its request; None where it only got further.
+    sequence: Sequence, row: RowPlan, b: int, token: int, finite: bool, results: Results,
+    eos: tuple[int, ...],
+) -> TokenEvent | None:  # fmt: skip
+    """What row `b` of a step, and the token it drew, mean for its request.
 
-    A token that does not end the sequence is appended to it.
+    None where it only got further. A token that does not end the sequence is appended to it.
     """
+    tokens, params = sequence.tokens, sequence.request.params
+    generated = len(tokens) - sequence.prompt_length + 1
+    if row.samples and finite and 1 < generated < params.max_tokens and params.logprobs is None:
+        # As most are.
+        if not _ends(token, generated, params, eos):
+            tokens.append(token)
+            return TokenEvent(sequence.request.id, (token,))
+        return TokenEvent(sequence.request.id, (), (), "stop", token)
+    return _rare_news(sequence, row, b, token, finite, results, eos)
+
+
+def _rare_news(
+    sequence: Sequence, row: RowPlan, b: int, token: int, finite: bool, results: Results,
+    eos: tuple[int, ...],
+) -> TokenEvent | None:  # fmt: skip
+    """The first, the last, a failure, or one with logprobs."""
     request, params = sequence.request, sequence.request.params
     scored = params.max_tokens == 0 and row.position + row.length == sequence.prompt_length
     if not (row.samples or scored):
         return None
     begins = sequence.generated == 0
     prompt_logprobs = _prompt_scores(sequence) if begins else None
-    if not (_all_finite(prompt_logprobs) and (scored or results.finite[b])):
-        return failure(sequence, CorruptOutput("the model's output is not finite"))
     cached = sequence.cached if begins else 0
+    if not (_all_finite(prompt_logprobs) and (scored or finite)):
+        return failure(sequence, CorruptOutput("the model's output is not finite"))
     if scored:
         return TokenEvent(
             id=request.id, finish_reason="length",
             prompt_logprobs=prompt_logprobs, cached_tokens=cached,
         )  # fmt: skip
-    token = int(results.tokens[b])
-    if _ends(token, sequence, eos):
+    if _ends(token, sequence.generated + 1, params, eos):
         return TokenEvent(
             id=request.id, finish_reason="stop", stop_token=token,
             prompt_logprobs=prompt_logprobs, cached_tokens=cached,
@@ -53,15 +69,13 @@ def news(
 
 def failure(sequence: Sequence, error: JsloraError) -> TokenEvent:
     """The sequence's last event."""
-    info = ErrorInfo(type=error.type, message=error.message, param=error.param)
-    return TokenEvent(id=sequence.request.id, error=info)
+    return TokenEvent(id=sequence.request.id, error=ErrorInfo.of(error))
 
 
-def _ends(token: int, sequence: Sequence, eos: tuple[int, ...]) -> bool:
-    params = sequence.request.params
-    if sequence.generated < params.min_tokens:
-        return False
-    return (not params.ignore_eos and token in eos) or token in params.stop_token_ids
+def _ends(token: int, generated: int, params: SamplingParams, eos: tuple[int, ...]) -> bool:
+    """Whether a sequence ends with a token, its `generated`-th."""
+    stops = (token in eos and not params.ignore_eos) or token in params.stop_token_ids
+    return stops and generated > params.min_tokens
 
 
 def _prompt_scores(sequence: Sequence) -> tuple[TokenLogprob | None, ...] | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jslora.batch import SAMPLERS, Placement, RowPlan
+from jslora.batch import SAMPLERS, RowPlan
 from jslora.request import TokenLogprob
 from jslora.schedule.sequence import Sequence
 
@@ -59,58 +59,48 @@ class Results:
 
 
 def make_plan(
-    planned: list[tuple[Sequence, int]], admitted: list[Sequence], limits: Limits,
-    placed: Callable[[str], Placement | None],
-) -> Plan:  # fmt: skip
+    planned: list[tuple[Sequence, int]], admitted: list[Sequence], limits: Limits
+) -> Plan:
     """The plan that computes the next so many tokens of each sequence, which count as dispatched.
 
     Args:
-        planned: sequences and how many of their tokens to compute.
-        placed: where the adapter of a digest lies on the device.
+        planned: sequences and how many of their tokens to compute, sorted by adapter.
     """
-    planned = sorted(planned, key=lambda item: (item[0].digest, item[0].order))
-    rows = [_row(sequence, n, limits, placed) for sequence, n in planned]
-    sequences = [sequence for sequence, _ in planned]
-    scores = []
+    rows, sequences, lives, scores, sampler = [], [], [], [], 0
     for b, (sequence, n) in enumerate(planned):
-        first = sequence.computed + 1
-        last = min(sequence.computed + n, sequence.prompt_length - 1)
-        if sequence.request.params.prompt_logprobs is not None and last >= first:
-            scores.append((b, first, last))
+        row = _row(sequence, n, limits.page_size)
+        if sequence.request.params.prompt_logprobs is not None:
+            first = sequence.computed + 1
+            last = min(sequence.computed + n, sequence.prompt_length - 1)
+            if last >= first:
+                scores.append((b, first, last))
+        if row.samples:
+            sequence.pending += 1
+            sampler = max(sampler, sequence.sampler)
         sequence.computed += n
-        sequence.pending += rows[b].samples
-    needs = [s.sampler for r, s in zip(rows, sequences, strict=True) if r.samples]
-    sampler = SAMPLERS[max(needs, default=0)]
-    lives = [sequence.life for sequence in sequences]
-    return Plan(rows, sequences, lives, [s for s in admitted if s.stateful], sampler, scores)
+        rows.append(row)
+        sequences.append(sequence)
+        lives.append(sequence.life)
+    stateful = [s for s in admitted if s.draw.stateful]
+    return Plan(rows, sequences, lives, stateful, SAMPLERS[sampler], scores)
 
 
-def _row(
-    sequence: Sequence, n: int, limits: Limits, placed: Callable[[str], Placement | None]
-) -> RowPlan:
-    p, first = sequence.request.params, sequence.computed
-    end, known = first + n, len(sequence.tokens)
+def _row(sequence: Sequence, n: int, page_size: int) -> RowPlan:
+    first, tokens = sequence.computed, sequence.tokens
+    end, known = first + n, len(tokens)
     assert sequence.slot is not None, f"request {sequence.request.id} runs without a slot"
-    placement = placed(sequence.digest) if sequence.registration else None
-    assert (placement is None) == (sequence.registration is None), (
+    assert (sequence.placement is None) == (sequence.registration is None), (
         f"the adapter {sequence.digest[:12]!r} of a running sequence is not there"
     )
+    params, pages, needed = sequence.request.params, sequence.pages, -(-end // page_size)
     return RowPlan(
-        tokens=sequence.tokens[first : min(end, known)],
-        fed=end > known,
-        position=first,
-        pages=sequence.pages[: limits.pages(end)],
-        slot=sequence.slot,
-        samples=end == known + sequence.pending and p.max_tokens > 0,
-        placement=placement,
-        seed=sequence.seed,
-        temperature=p.temperature,
-        top_k=p.top_k,
-        top_p=p.top_p,
-        min_p=p.min_p,
-        repetition=p.repetition_penalty,
-        presence=p.presence_penalty,
-        frequency=p.frequency_penalty,
-        hold_stop=end - sequence.prompt_length < p.min_tokens,
-        stateful=sequence.stateful,
+        tokens[first:end],
+        end > known,
+        first,
+        pages[:needed],
+        sequence.slot,
+        end == known + sequence.pending and params.max_tokens > 0,
+        sequence.placement,
+        sequence.draw,
+        end - sequence.prompt_length < params.min_tokens,
     )

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jslora.errors import JsloraError, Overloaded, Unauthorized, Unavailable
+from jslora.errors import JsloraError, Unauthorized
 from jslora.logs import printable
 from jslora.server import routes
 from jslora.server.service import Draining, Service, openai_error
@@ -70,16 +70,15 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, JsloraError)
     headers = {}
     if error.retry_after is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers["Retry-After"] = str(math.ceil(max(error.retry_after, 1.0)))
     elif error.status >= 500:
         headers["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Draining):
         headers["Connection"] = "close"
-    if request.method == "POST" and isinstance(error, Overloaded | Unavailable):
-        reason = "queue_full" if isinstance(error, Overloaded) else "unavailable"
-        request.app.state.service.metrics.rejected(reason)
+    if request.method == "POST":
+        request.app.state.service.metrics.rejected(error)
     if error.status >= 500 and error.retry_after is None:
         log.error("%s %s: %s", request.method, printable(request.scope["path"]), error.message)
     return JSONResponse(openai_error(error), error.status, headers)

@@ -8,8 +8,8 @@ batch, so what waits is bounded by `max_tokens` and one write serves it.
 import asyncio
 from collections.abc import Callable, Iterable
 
-from jslora.errors import BY_TYPE, JsloraError
-from jslora.request import ErrorInfo, TokenEvent
+from jslora.errors import JsloraError
+from jslora.request import TokenEvent
 
 
 class Channel:
@@ -68,8 +68,3 @@ class Channel:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def exception(info: ErrorInfo) -> JsloraError:
-    """The error that an engine sent as data."""
-    return BY_TYPE.get(info.type, JsloraError)(info.message, param=info.param)

@@ -8,7 +8,6 @@ whatever is left.
 from dataclasses import dataclass
 
 from jslora.request import Request, TokenEvent, TokenLogprob
-from jslora.server.channel import exception
 from jslora.text import TextAssembler
 from jslora.tokenizer import Tokenizer
 
@@ -65,7 +64,7 @@ class Choice:
             JsloraError: the event says that the sequence failed.
         """
         if event.error is not None:
-            raise exception(event.error)
+            raise event.error.error()
         self.cached_tokens += event.cached_tokens
         scored = self.request.params.logprobs is not None
         if scored and event.prompt_logprobs is not None:

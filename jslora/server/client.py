@@ -21,7 +21,7 @@ from jslora import wire
 from jslora.config import EngineConfig
 from jslora.errors import EngineFailed, InvalidRequest, JsloraError, Overloaded, Unavailable
 from jslora.request import EngineInfo, Request, Stats, TokenEvent
-from jslora.server.channel import Channel, exception
+from jslora.server.channel import Channel
 from jslora.server.process import EngineProcess
 from jslora.server.registry import Adapters
 
@@ -181,7 +181,7 @@ class EngineClient:
                 self.adapters.begin(info.adapters)
                 self._started.set()
             case wire.Failed(error):
-                self._failed = exception(error)
+                self._failed = error.error()
 
     def _on_events(self, events: list[TokenEvent]) -> None:
         channels, unanswered = self._channels, self._unanswered

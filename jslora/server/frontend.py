@@ -21,6 +21,7 @@ from jslora.config import EngineConfig, SyntheticAdapters
 from jslora.errors import AdapterRejected, ConfigError, JsloraError, ModelError, Unavailable
 from jslora.model.config import from_hf
 from jslora.progress import Progress
+from jslora.request import Stats
 from jslora.server import stand_in
 from jslora.server.app import create_app
 from jslora.server.auth import KeyRing
@@ -37,6 +38,7 @@ log = logging.getLogger("jslora.server")
 
 WORKER = (sys.executable, "-m", "jslora.worker")
 REPORT_SECONDS = 10.0
+LONG_WAIT_SECONDS = 1.0  # a wait for a first token that the report tells
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -233,25 +235,32 @@ async def _end_engine(engine: asyncio.Task[None]) -> int:
 
 
 async def _report(client: EngineClient) -> None:
-    """Log throughput every so often, and nothing while there is none."""
+    """Log throughput every so often, and nothing while there is neither that nor a long wait."""
     before = client.stats
     while True:
         await asyncio.sleep(REPORT_SECONDS)
-        now = client.stats
-        prompt = (now.prompt_tokens - before.prompt_tokens) / REPORT_SECONDS
-        generated = (now.generated_tokens - before.generated_tokens) / REPORT_SECONDS
-        asked = now.prefix_asked_tokens - before.prefix_asked_tokens
-        hits = (now.prefix_hit_tokens - before.prefix_hit_tokens) / asked if asked > 0 else 0.0
-        before = now
-        if prompt > 0 or generated > 0:
-            log.info(
-                "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
-                "Running: %d reqs, Waiting: %d reqs, "
-                "Pages: %d KV, %d cached, %d adapters, %d free of %d, "
-                "Prefix cache hit rate: %.1f%%",
-                prompt, generated, now.running, now.waiting, now.pages_kv, now.pages_cached,
-                now.pages_adapters, now.pages_free, now.pages_total, 100 * hits,
-            )  # fmt: skip
+        if line := _report_line(before, client.stats):
+            log.info("%s", line)
+        before = client.stats
+
+
+def _report_line(before: Stats, now: Stats) -> str | None:
+    """What happened in `REPORT_SECONDS`; None if it is not worth a line."""
+    prompt = (now.prompt_tokens - before.prompt_tokens) / REPORT_SECONDS
+    generated = (now.generated_tokens - before.generated_tokens) / REPORT_SECONDS
+    asked = now.prefix_asked_tokens - before.prefix_asked_tokens
+    hits = (now.prefix_hit_tokens - before.prefix_hit_tokens) / asked if asked > 0 else 0.0
+    oldest = f" (oldest {now.oldest_wait:.1f} s)" if now.oldest_wait > LONG_WAIT_SECONDS else ""
+    if prompt <= 0 and generated <= 0 and not oldest:
+        return None
+    return (
+        f"Avg prompt throughput: {prompt:.1f} tokens/s, "
+        f"Avg generation throughput: {generated:.1f} tokens/s, "
+        f"Running: {now.running} reqs, Waiting: {now.waiting} reqs{oldest}, "
+        f"Pages: {now.pages_kv} KV, {now.pages_cached} cached, {now.pages_adapters} adapters, "
+        f"{now.pages_free} free of {now.pages_total}, "
+        f"Prefix cache hit rate: {100 * hits:.1f}%"
+    )
 
 
 def _ready_line(service: Service, listener: socket.socket, seconds: float) -> str:

@@ -12,7 +12,7 @@ import logging
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jslora.errors import JsloraError
+from jslora.errors import JsloraError, Overloaded, RateLimited, TooLate
 from jslora.request import TokenEvent
 from jslora.server import openai
 from jslora.server.channel import Channel
@@ -29,6 +29,10 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+_REFUSALS = (Overloaded, RateLimited, TooLate)
+"""What the engine answers to a sequence that it never starts."""
 
 
 class ClientGone(JsloraError):
@@ -70,16 +74,21 @@ class Generation(Response):
         """Run the job; whatever happens, the engine forgets it."""
         channel = self._service.client.submit(self._job.requests)
         watch = asyncio.create_task(_watch(receive, channel))
-        reason = "error"
+        failure: JsloraError | None = None
         try:
-            await (self._stream if self._job.stream else self._collect)(channel, send)
-        except ClientGone:
-            reason = "abort"
+            if self._job.stream:
+                failure = await self._stream(channel, send)
+            else:
+                await self._collect(channel, send)
+        except JsloraError as error:
+            failure = error
+            if not isinstance(error, ClientGone):
+                raise
         finally:
             watch.cancel()
             channel.close()
             for timer in self._timers.values():
-                timer.stop(reason)
+                timer.stop(_reason(failure))
             if self._service.config.logging.requests:
                 self._log()
 
@@ -95,7 +104,8 @@ class Generation(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, channel: Channel, send: Send) -> None:
+    async def _stream(self, channel: Channel, send: Send) -> JsloraError | None:
+        """Stream the answer; returns the error that took the place of its rest."""
         try:
             await self._stream_parts(channel, send)
         except Exception as error:
@@ -105,8 +115,12 @@ class Generation(Response):
             if not isinstance(shown, JsloraError):
                 log.exception("a stream failed")
                 shown = JsloraError("internal error")
+            if isinstance(shown, _REFUSALS):
+                self._service.metrics.rejected(shown)
             rest = b"".join(map(self._frames, self._choices.values()))
             await self._write(send, rest + openai.frame(openai_error(shown)) + DONE, more=False)
+            return shown
+        return None
 
     async def _stream_parts(self, channel: Channel, send: Send) -> None:
         patience = self._service.config.server.keep_alive_seconds
@@ -170,6 +184,13 @@ class Generation(Response):
         }
         line = " ".join(f"{name}={value}" for name, value in fields.items())
         log.info("request %s", line, extra={"fields": fields})
+
+
+def _reason(failure: JsloraError | None) -> str:
+    """Why a sequence that did not finish ended."""
+    if isinstance(failure, ClientGone):
+        return "abort"
+    return "rejected" if isinstance(failure, _REFUSALS) else "error"
 
 
 async def _watch(receive: Receive, channel: Channel) -> None:

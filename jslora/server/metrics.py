@@ -1,8 +1,9 @@
 """Prometheus metrics: what the front end measures itself, and the engine's last Pulse.
 
 Names follow vLLM's with the prefix `jslora:`, so that its dashboards and routers are easily
-adapted. Nothing is labelled by adapter but the one series of `lora_requests_info`, whose value is
-the time of the update: thousands of adapters make no thousands of series. The engine's counters
+adapted. The number of series is bounded: adapters are named by the one series of
+`lora_requests_info`, whose value is the time of the update, and where requests wait longest for one
+(at most 16); tenants are those of the configuration and at most 64 others. The engine's counters
 start again at zero when it is restarted, which Prometheus' `rate` allows for.
 """
 
@@ -15,10 +16,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jslora.config import EngineConfig
+from jslora.errors import JsloraError, Overloaded, RateLimited, TooLate, Unavailable
 from jslora.request import Stats
 from jslora.server.client import EngineClient
 
 MAX_LISTED = 64
+MAX_OLDEST = 16
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
           40, 80, 160)  # fmt: skip
 _BETWEEN = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
@@ -30,6 +33,11 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 _GAUGES = (
     ("num_requests_running", "running", "Sequences in the running batch."),
     ("num_requests_waiting", "waiting", "Sequences that wait to run."),
+    (
+        "oldest_waiting_seconds",
+        "oldest_wait",
+        "Seconds that the longest waiting sequence has waited for its first token.",
+    ),
     ("pages_total", "pages_total", "Pages of the pool."),
     ("pages_free", "pages_free", "Pages that hold nothing."),
     ("pages_kv", "pages_kv", "Pages that hold KV cache of sequences."),
@@ -51,6 +59,8 @@ _COUNTERS = (
     ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
     ("prefix_cache_evictions", "prefix_evictions", "Pages the prefix cache gave up."),
     ("num_preemptions", "preemptions", "Sequences preempted for lack of pages."),
+    ("too_late", "too_late", "Sequences given up because their first token would come too late."),
+    ("rate_limited", "rate_limited", "Sequences refused by a quota or a rate."),
     ("corrupted_requests", "corrupt_requests", "Sequences ended because logits were not finite."),
     ("steps", "steps", "Steps of the engine."),
     ("step_seconds", "step_seconds", "Seconds spent in steps."),
@@ -62,6 +72,22 @@ _COUNTERS = (
     ("lora_evictions", "adapter_evictions", "Adapters evicted from the device."),
     ("lora_load_failures", "adapter_failures", "Adapters that failed to load."),
 )
+# The same of TenantStats, by tenant.
+_TENANT_GAUGES = (
+    ("tenant_running", "running", "Sequences in the running batch."),
+    ("tenant_waiting", "waiting", "Sequences that wait to run."),
+    (
+        "tenant_oldest_waiting_seconds",
+        "oldest_wait",
+        "Seconds that the tenant's longest waiting sequence has waited for its first token.",
+    ),
+)
+_REJECTIONS = {
+    Overloaded: "queue_full",
+    RateLimited: "rate_limited",
+    TooLate: "too_late",
+    Unavailable: "unavailable",
+}
 
 
 class Metrics:
@@ -95,12 +121,14 @@ class Metrics:
         self._rejected = counter("admission_rejections", "Requests not admitted.", "reason")
 
     def finished(self, reason: str) -> None:
-        """Count an ended sequence: stop, length, abort (by the client) or error."""
+        """Count an ended sequence: stop, length, abort (by the client), rejected or error."""
         self._finished.labels(self._model, reason).inc()
 
-    def rejected(self, reason: str) -> None:
-        """Count a request that was not admitted."""
-        self._rejected.labels(self._model, reason).inc()
+    def rejected(self, error: JsloraError) -> None:
+        """Count a request that was not admitted, if that is what the error says."""
+        for kind, reason in _REJECTIONS.items():
+            if isinstance(error, kind):
+                self._rejected.labels(self._model, reason).inc()
 
     def render(self) -> bytes:
         """The text a scrape gets."""
@@ -138,13 +166,18 @@ class SequenceTimer:
         self._tokens, self._last = total, now
 
     def stop(self, reason: str) -> None:
-        """Note the end; only the first call counts."""
+        """Note the end; only the first call counts.
+
+        What was rejected had no service, so its times would only embellish those of the rest.
+        """
         if self.reason is not None:
             return
         self.reason = reason
         self.seconds = time.perf_counter() - self._started
         metrics = self._metrics
         metrics.finished(reason)
+        if reason == "rejected":
+            return
         metrics.prompt_tokens.observe(self._prompt_tokens)
         metrics.generated.observe(self._tokens)
         metrics.whole.observe(self.seconds)
@@ -158,6 +191,7 @@ class EngineMetrics(Collector):
     def __init__(self, client: EngineClient, config: EngineConfig) -> None:
         self._client = client
         self._config = config
+        self._tenants = {key.tenant for key in (config.auth.keys or {}).values()}
 
     def collect(self) -> Iterator[Metric]:
         client, stats = self._client, self._client.stats
@@ -173,6 +207,8 @@ class EngineMetrics(Collector):
         yield self._info()
         yield self._load_seconds(stats)
         yield self._adapters(stats)
+        yield from self._by_tenant(stats)
+        yield self._oldest_adapters(stats)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"jslora:{name}", text, labels=["model_name"])
@@ -200,6 +236,37 @@ class EngineMetrics(Collector):
         for stage, seconds in sorted(stats.adapter_seconds.items()):
             family.add_metric([self._config.model.served_name, stage], seconds)
         return family
+
+    def _by_tenant(self, stats: Stats) -> Iterator[Metric]:
+        labels, model = ["model_name", "tenant"], self._config.model.served_name
+        others = sorted(
+            stats.tenants.keys() - self._tenants,
+            key=lambda name: (-stats.tenants[name].service, name),
+        )
+        shown = sorted({*others[:MAX_LISTED], *(stats.tenants.keys() & self._tenants)})
+        for name, field, text in _TENANT_GAUGES:
+            gauge = GaugeMetricFamily(f"jslora:{name}", text, labels=labels)
+            for tenant in shown:
+                gauge.add_metric([model, tenant], getattr(stats.tenants[tenant], field))
+            yield gauge
+        service = CounterMetricFamily(
+            "jslora:tenant_service_tokens", "Tokens computed, weighted as for fair shares.",
+            labels=labels,
+        )  # fmt: skip
+        for tenant in shown:
+            service.add_metric([model, tenant], stats.tenants[tenant].service)
+        yield service
+
+    def _oldest_adapters(self, stats: Stats) -> Metric:
+        model = self._config.model.served_name
+        gauge = GaugeMetricFamily(
+            "jslora:adapter_oldest_waiting_seconds",
+            "Seconds that an adapter's longest waiting sequence has waited, where it is longest.",
+            labels=["model_name", "adapter"],
+        )
+        for adapter, seconds in stats.oldest_adapters[:MAX_OLDEST]:
+            gauge.add_metric([model, adapter or model], seconds)
+        return gauge
 
     def _adapters(self, stats: Stats) -> Metric:
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]

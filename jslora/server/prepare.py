@@ -55,6 +55,7 @@ async def completion_job(service: Service, body: CompletionBody, key: Key) -> Jo
         InvalidRequest, UnknownModel, Unavailable: as they say.
     """
     engine = service.engine()
+    service.config.scheduler.check_wishes(body.priority, body.ttft_slo)
     adapter = service.names.resolve(body.model, key, body.user)
     _bound_choices(len(body.prompts), body.n)
     if body.max_tokens == 0 and not body.echo:
@@ -82,6 +83,7 @@ async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
         InvalidRequest, UnknownModel, Unavailable: as they say.
     """
     engine = service.engine()
+    service.config.scheduler.check_wishes(body.priority, body.ttft_slo)
     adapter = service.names.resolve(body.model, key, body.user)
     messages = [message.plain() for message in body.messages]
     prompt = tuple(await service.render(messages, engine.max_model_len, body.add_generation_prompt))
@@ -131,6 +133,8 @@ def _job(
                     adapter=adapter,
                     tenant=key.tenant,
                     cache_salt=body.cache_salt,
+                    priority=body.priority,
+                    ttft_slo=body.ttft_slo,
                 )
             )
     options = body.stream_options

@@ -12,7 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from jslora.aliases import MAX_TARGETS
 from jslora.config import NAME
 from jslora.errors import InvalidRequest
-from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from jslora.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_SLO_SECONDS,
+    MAX_STOP_IDS,
+    SamplingParams,
+)
 
 MAX_CHOICES = 256
 MAX_N = 64
@@ -76,7 +83,11 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """The fields that completions and chat share."""
+    """The fields that completions and chat share.
+
+    `priority` is vLLM's: lower goes earlier. `ttft_slo`: seconds in which the first token must come
+    or the request is given up. A server whose policy looks at neither refuses them.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
@@ -101,6 +112,8 @@ class GenerationBody(Body):
     return_token_ids: bool = False
     user: Annotated[str, Field(max_length=1024)] = ""
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] = ""
+    priority: Annotated[int, Field(ge=0, le=MAX_PRIORITY)] = 0
+    ttft_slo: Annotated[float, Field(gt=0, le=MAX_SLO_SECONDS)] | None = None
 
     @model_validator(mode="before")
     @classmethod

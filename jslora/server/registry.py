@@ -19,7 +19,6 @@ import msgspec
 from jslora import wire
 from jslora.errors import EngineFailed, InvalidRequest, JsloraError, UnknownModel
 from jslora.request import AdapterInfo
-from jslora.server.channel import exception
 
 log = logging.getLogger("jslora.server")
 
@@ -200,5 +199,5 @@ class Adapters:
         finally:
             self._answers.pop(seq, None)
         if isinstance(answer, wire.Reply) and answer.error is not None:
-            raise exception(answer.error)
+            raise answer.error.error()
         return answer

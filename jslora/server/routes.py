@@ -136,7 +136,7 @@ async def metrics(service: Server) -> Response:
 
 
 @generation.post(
-    "/v1/completions", responses=schema.STREAMS, openapi_extra=schema.reads(CompletionBody)
+    "/v1/completions", responses=schema.GENERATES, openapi_extra=schema.reads(CompletionBody)
 )
 async def completions(
     service: Server, key: Caller, body: Annotated[CompletionBody, Depends(_body(CompletionBody))]
@@ -147,7 +147,7 @@ async def completions(
 
 
 @generation.post(
-    "/v1/chat/completions", responses=schema.STREAMS, openapi_extra=schema.reads(ChatBody)
+    "/v1/chat/completions", responses=schema.GENERATES, openapi_extra=schema.reads(ChatBody)
 )
 async def chat(
     service: Server, key: Caller, body: Annotated[ChatBody, Depends(_body(ChatBody))]

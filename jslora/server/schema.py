@@ -20,6 +20,12 @@ _BODIES = (
     protocol.TokenizeBody,
     protocol.DetokenizeBody,
 )
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds until it may succeed; without it, it cannot.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -36,17 +42,24 @@ class ErrorResponse(pydantic.BaseModel):
     error: ErrorDetail
 
 
+def _reference(model: type[pydantic.BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}
+
+
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Declare the error statuses of a route; any route may answer 500 and 503."""
-    declared = {"application/json": {"schema": _reference(ErrorResponse)}}
-    return {
-        status: {"description": HTTPStatus(status).phrase, "content": declared}
-        for status in (*statuses, 500, 503)
-    }
+    return {status: _error(status) for status in (*statuses, 500, 503)}
 
 
-STREAMS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+def _error(status: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(ErrorResponse)}}
+    declared = {"description": HTTPStatus(status).phrase, "content": content}
+    return declared | ({"headers": _RETRY_AFTER} if status in (429, 503) else {})
+
+
+GENERATES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}},
+    429: _error(429),
 }
 BODY_ERRORS = (400, 401, 403, 404, 408, 413, 415)
 
@@ -74,11 +87,18 @@ def build(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.clear()
     schemas |= definitions["$defs"]
+    for model in _BODIES:
+        _allow_null(schemas[model.__name__])
     schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
     document["components"]["securitySchemes"] = schemes
     document["security"] = [{}, {"bearer": []}]
     return document
 
 
-def _reference(model: type[pydantic.BaseModel]) -> dict[str, str]:
-    return {"$ref": _REFERENCE.format(model=model.__name__)}
+def _allow_null(body: dict[str, Any]) -> None:
+    """Say of every field that may be absent that it may be null, which means the same."""
+    for name, field in body["properties"].items():
+        kinds = field.get("anyOf", [field])
+        if name not in body.get("required", ()) and {"type": "null"} not in kinds:
+            default = {key: field.pop(key) for key in ("title", "default") if key in field}
+            body["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **default}

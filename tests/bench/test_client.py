@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import runpy
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 from jslora.bench.client import Client, Load, Record, Run, Target, measure
 from jslora.bench.stream import MAX_LINE, Failure, Stream
-from jslora.bench.workload import Spec
+from jslora.bench.trace_file import encode
+from jslora.bench.workload import Job, Spec, Trace
 from jslora.errors import ConfigError, Unavailable
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
@@ -59,6 +61,7 @@ SCRIPTS: dict[str, list[bytes | float]] = {
     "error-object": [event(object="error", message="old style"), DONE],
     "truncated": [*GOOD[:4]],
     "empty": [DONE],
+    "too-deep": [b'data: {"error": ' + b"[" * 100_000 + b"\n\n", DONE],
     "not-json": [GOOD[0], b"data: {oops\n\n", DONE],
     "not-utf8": [b'data: {"object": "\xff"}\n\n', DONE],
     "wrong-type": [event(choices=[{"text": 3}]), DONE],
@@ -96,6 +99,14 @@ class Server:
             case "busy":
                 error = {"error": {"message": "the queue is full", "type": "overloaded_error"}}
                 return web.json_response(error, status=503)
+            case "limited":
+                error = {"error": {"message": "one a minute", "type": "rate_limit_error"}}
+                return web.json_response(error, status=429)
+            case "rude":
+                error = {"error": {"message": "no type", "type": "\x1b[31m"}}
+                return web.json_response(error, status=503)
+            case "deep":
+                return web.Response(text='{"error": ' + "[" * 4000, status=500)
             case "unstreamed":
                 return web.json_response({"choices": [{"text": "all at once"}]})
             case "elsewhere":
@@ -205,14 +216,18 @@ def test_cached_prompt_tokens_are_noted() -> None:
 @pytest.mark.parametrize(
     ("model", "kind", "detail"),
     [
-        ("busy", "HTTP 503", "the queue is full"),
+        ("busy", "HTTP 503 overloaded_error", "the queue is full"),
+        ("limited", "HTTP 429 rate_limit_error", "one a minute"),
+        ("rude", "HTTP 503", "no type"),
+        ("deep", "HTTP 500", "[["),
         ("elsewhere", "HTTP 307", ""),
         ("unstreamed", "wrong content type", "application/json"),
-        ("error-first", "error event", "engine_error"),
-        ("error-later", "error event", "engine_error"),
+        ("error-first", "error event engine_error", "engine_error"),
+        ("error-later", "error event engine_error", "engine_error"),
         ("error-object", "error event", "old style"),
         ("truncated", "truncated stream", "[DONE]"),
         ("empty", "empty stream", "neither"),
+        ("too-deep", "malformed stream", "[["),
         ("not-json", "malformed stream", "{oops"),
         ("not-utf8", "malformed stream", ""),
         ("wrong-type", "malformed stream", "text"),
@@ -408,6 +423,112 @@ def test_the_script_measures_prints_and_writes(tmp_path: Path) -> None:
     assert document["conditions"]["models"] == ["one", "two", "busy"]
     assert document["runs"][0]["models"]["busy"]["failed"] == 2
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+TRACE = tuple(
+    Job(
+        index=i, arrival=i / 20, model="good", prompt=tuple(range(i, i + 40)), output_tokens=3,
+        tenant=tenant, priority=i, ttft_slo=i / 2 or None,
+    )
+    for i, tenant in enumerate(["acme", "umbrella", "acme", "acme"])
+)  # fmt: skip
+KEYS = {"acme": "acmes-secret", "umbrella": "umbrellas-secret"}
+
+
+def replay(trace: Trace, load: Load, **target: Any) -> tuple[list[Run], Server]:
+    server = Server()
+
+    async def use(url: str) -> list[Run]:
+        return await measure(Target(url=url, **target), trace, load)
+
+    return against(server, use), server
+
+
+def test_a_trace_is_sent_as_it_is_written() -> None:
+    [run], server = replay(TRACE, Load(requests=4), tenant_keys=KEYS, api_key="other")
+    assert [record.error for record in run.records] == [None] * 4
+    by_index = sorted(run.records, key=lambda record: record.index)
+    assert [record.due for record in by_index] == [job.arrival for job in TRACE]
+    assert [record.tenant for record in by_index] == [job.tenant for job in TRACE]
+    sent = sorted(zip(server.bodies, server.headers, strict=True), key=lambda s: s[0]["prompt"])
+    for job, (body, headers) in zip(TRACE, sent, strict=True):
+        assert tuple(body["prompt"]) == job.prompt and body["max_tokens"] == 3
+        assert body.get("priority", 0) == job.priority
+        assert ("priority" in body, "ttft_slo" in body) == (job.index > 0, job.index > 0)
+        assert body.get("ttft_slo") == job.ttft_slo
+        assert headers["Authorization"] == f"Bearer {KEYS[job.tenant]}"
+
+
+def test_a_trace_warms_up_with_other_prompts_of_the_same_lengths() -> None:
+    _, server = replay(TRACE, Load(requests=4, warmup=4), api_key="only")
+    prompts = [tuple(body["prompt"]) for body in server.bodies]
+    assert set(prompts[4:]) == {job.prompt for job in TRACE}
+    assert not set(prompts[:4]) & set(prompts[4:])
+    assert [len(prompt) for prompt in prompts] == [40] * 8
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer only"}
+
+
+def test_keys_are_not_shown() -> None:
+    target = Target(url="http://h", api_key="hush", tenant_keys=KEYS)
+    assert "hush" not in repr(target) and "secret" not in repr(target)
+
+
+def test_the_script_replays_a_trace(tmp_path: Path) -> None:
+    trace, keys, out = tmp_path / "trace.jsonl", tmp_path / "keys.yaml", tmp_path / "out.json"
+    trace.write_bytes(encode(TRACE))
+    keys.write_text("acme: acmes-secret\numbrella: umbrellas-secret\n")
+    code, text, errors = run_script(
+        "--url", "URL", "--trace", str(trace), "--tenant-keys", str(keys), "--speed", "2",
+        "--warmup", "2", "--per-tenant", "--json", str(out),
+    )  # fmt: skip
+    assert (code, errors) == (0, "")
+    rows = [line.split() for line in text.splitlines()]
+    assert ["Successful", "requests:", "4"] in rows
+    assert [row[:3] for row in rows if row[:1] in (["acme"], ["umbrella"])] == [
+        ["acme", "3", "0"],
+        ["umbrella", "1", "0"],
+    ]
+    document = json.loads(out.read_text())
+    assert "secret" not in out.read_text() + text
+    assert document["conditions"]["models"] == ["good"]
+    assert set(document["runs"][0]["tenants"]) == {"acme", "umbrella"}
+    dues = {request["index"]: request["due"] for request in document["runs"][0]["requests"]}
+    assert dues == {job.index: job.arrival / 2 for job in TRACE}
+
+
+@pytest.mark.parametrize(
+    ("keys", "arguments", "message"),
+    [
+        ("acme: x", [], "--tenant-keys lacks umbrella"),
+        ("acme: [secret]", [], "keys.yaml is not a map from tenants to keys"),
+        ("acme: 'secret", [], "keys.yaml is not a map from tenants to keys"),
+        ("acme: {? [secret] : a}", [], "keys.yaml is not a map from tenants to keys"),
+        ("acme: 'sécret'", [], "'acme' has no key of printable ASCII"),
+        ("acme: ''", [], "'acme' has no key of printable ASCII"),
+        ("acme: x\numbrella: y", ["--endpoint", "chat"], "takes no token ids"),
+        ("acme: x\numbrella: y", ["--speed", "0"], "speed is 0.0"),
+        ("acme: x", ["--repeat", "2"], "--repeat is not allowed with --trace"),
+        ("acme: x", ["--all-adapters"], "--all-adapters is not allowed with --trace"),
+        ("acme: x", ["--rate", "1"], "not allowed with"),
+    ],
+)
+def test_the_script_says_what_is_wrong_with_a_replay(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keys: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "trace.jsonl").write_bytes(encode(TRACE))
+    (tmp_path / "keys.yaml").write_text(keys)
+    files = ["--trace", str(tmp_path / "trace.jsonl"), "--tenant-keys", str(tmp_path / "keys.yaml")]
+    script = runpy.run_path(str(SCRIPT))
+    try:
+        code = script["main"](["--url", "http://127.0.0.1:1", *files, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    errors = capsys.readouterr().err
+    assert code == 2 and message in errors and "cret" not in errors
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_run_computed_by_hand() -> None:
 
 
 def test_each_models_share_adds_up_to_the_run() -> None:
-    shares, whole = report.summarize_models(RUN), report.summarize(RUN)
+    shares, whole = report.summarize_by(RUN, "model"), report.summarize(RUN)
     assert list(shares) == ["a", "b"]
     for name in ("successful", "failed", "output_tokens", "input_tokens", "output_throughput"):
         assert sum(getattr(own, name) for own in shares.values()) == getattr(whole, name)
@@ -99,7 +99,7 @@ def test_a_late_client_is_noted() -> None:
 
 
 def test_the_text_says_what_was_measured() -> None:
-    text = report.render([RUN], per_model=True)
+    text = report.render([RUN], ["model", "tenant"])
     lines = {" ".join(line.split()) for line in text.splitlines()}
     assert {
         "Successful requests: 2",
@@ -116,6 +116,7 @@ def test_the_text_says_what_was_measured() -> None:
         "Error: 2 x HTTP 503: full",
         "a 1 2 1.50 500.00 500.00 250.00 100.00 1250.00",
         "b 1 0 0.25 250.00 250.00 - - 500.00",
+        "default 2 2 1.75 375.00 497.50 250.00 100.00 875.00",
     } <= lines
 
 
@@ -143,7 +144,7 @@ def test_the_json_has_a_stable_form() -> None:
     assert document["schema"] == 1 and document["conditions"] == {"seed": 0}
     assert set(document["spread"]["output_throughput"]) == {"median", "min", "max"}
     run = document["runs"][1]
-    assert set(run) == {"started", "summary", "models", "requests"}
+    assert set(run) == {"started", "summary", "models", "tenants", "requests"}
     assert set(run["summary"]) == {
         "successful", "failed", "duration", "input_tokens", "cached_tokens", "output_tokens",
         "request_throughput", "output_throughput", "total_throughput", "peak_concurrency",
@@ -156,8 +157,9 @@ def test_the_json_has_a_stable_form() -> None:
     assert set(first) == {
         "index", "model", "due", "sent", "arrivals", "end", "asked_tokens", "input_tokens",
         "cached_tokens", "output_tokens", "counted", "finish_reason", "error", "detail",
-        "ttft", "tpot", "e2e",
+        "tenant", "ttft", "tpot", "e2e",
     }  # fmt: skip
+    assert run["tenants"] == {"default": run["summary"] | {"client_cpu_us": None}}
     assert first["arrivals"] == [1.5, 1.7, 2.0] and first["tpot"] == 0.1
     assert run["requests"][2]["ttft"] is None
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jslora.bench.workload import Spec, generate, load_prompts
+from jslora.bench.workload import Job, Prompt, Spec, generate, load_prompts
 from jslora.errors import ConfigError
 
 SPECS = st.builds(
@@ -105,6 +105,23 @@ def test_random_models_are_drawn_in_their_shares(
 def test_round_robin_takes_models_in_turn() -> None:
     jobs = islice(generate(Spec(models=("a", "b", "c"), input_tokens=1), 1), 7)
     assert [job.model for job in jobs] == ["a", "b", "c", "a", "b", "c", "a"]
+
+
+def test_a_trace_is_the_same_in_every_run_but_the_first() -> None:
+    prompts: list[Prompt] = [tuple(range(30)), tuple(range(30)), "text"]
+    trace = tuple(
+        Job(index=i, arrival=float(i), model="m", prompt=prompt, output_tokens=1)
+        for i, prompt in enumerate(prompts)
+    )
+    assert [job.input_tokens for job in trace] == [30, 30, 0]
+    assert tuple(generate(trace, 1)) == tuple(generate(trace, 2)) == trace
+    warm = list(generate(trace, 0))
+    assert len({warm[0].prompt, warm[1].prompt, trace[0].prompt}) == 3
+    assert all(isinstance(token, int) and 0 <= token < 30 for token in warm[0].prompt)
+    assert [dataclasses.replace(job, prompt="") for job in warm] == [
+        dataclasses.replace(job, prompt="") for job in trace
+    ]
+    assert warm[0].input_tokens == 30 and warm[2] == trace[2]
 
 
 def test_prompts_of_a_file_are_taken_in_turn(tmp_path: Path) -> None:

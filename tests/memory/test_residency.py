@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,13 +173,54 @@ def test_those_used_longest_ago_are_worth_least() -> None:
     assert residency.kind.chance < before and 9.0 <= residency.clock.now < 9.1
 
 
+def test_adapters_are_idle_since_they_were_written_or_last_used() -> None:
+    residency = make_residency(30)
+    for number in (1, 2):
+        load(residency, number, 3)
+    for number in (3, 4):  # the transfers of 3 are done first
+        assert bring(residency, make_version(number, 3))
+    residency.acquire("001")
+    residency.acquire("001")
+    residency.release("001")
+    residency.upload.finish(1000)
+    residency.writes(1000, 0)
+    residency.release("001")
+    assert [r.version.digest for r in residency.idle(())] == ["002", "003", "004", "001"]
+    assert [r.version.digest for r in residency.idle({"003"})] == ["002", "004", "001"]
+
+
+def test_a_run_knows_how_far_each_of_its_pages_is_from_its_ends() -> None:
+    residency = make_residency()
+    residency.pages.take_at(2, 3)
+    residency.bring(make_version(1, 3), make_blob(make_version(1, 3)), [2, 3, 4])
+    assert residency.before[1:6].tolist() == [0, 0, 1, 2, 0]
+    assert residency.after[1:6].tolist() == [0, 2, 1, 0, 0]
+    residency.pages.take_at(6, 1)
+    residency.pages.take_at(8, 1)
+    residency.bring(make_version(2, 2), make_blob(make_version(2, 2)), [6, 8])
+    assert not residency.before[5:].any() and not residency.after[5:].any(), "it is no run"
+    assert [r.version.digest for r in residency.among(range(4, 9))] == ["001", "002"]
+    assert residency.among(range(9, 12)) == []
+    residency.forget_all()
+    assert not residency.before.any() and not residency.after.any()
+    residency.check()
+
+
+def test_pages_of_all_adapters_hold_as_much() -> None:
+    residency = make_residency()
+    load(residency, 1, 3)
+    other = replace(make_version(2, 3), packed_bytes=7 * 3)
+    with pytest.raises(AssertionError, match="7 bytes in a page"):
+        bring(residency, other)
+
+
 def test_an_adapter_is_fresh_until_it_was_used() -> None:
     residency = make_residency()
     load(residency, 1, 3)
-    assert residency.residents["001"].fresh
+    assert residency.fresh == {"001"}
     before = residency.kind.chance
     residency.acquire("001")
-    assert not residency.residents["001"].fresh
+    assert not residency.fresh
     assert residency.kind.chance == before, "its first use is what it came for"
     residency.release("001")
     residency.acquire("001")
@@ -260,7 +302,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        idle = self.residency.idle(())
+        idle = list(self.residency.idle(()))
         assert all(not self.users[resident.version.digest] for resident in idle)
         if idle:
             self.residency.evict(data.draw(st.sampled_from(idle)))
@@ -316,6 +358,7 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def ledger_balances(self) -> None:
+        self.residency.check()
         residents = self.residency.residents.values()
         self.residency.pages.check([*self.kv, *(r.placement.pages for r in residents)])
 

@@ -1,16 +1,18 @@
 """Who gives way for whom: by worth, never what is used, and for a run at the least cost."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import room_oracle
 from fake_adapters import LAYERS, FakeUploads, make_blob, make_version
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jslora.memory.pages import PageAllocator
 from jslora.memory.prefix import PrefixCache, next_key
-from jslora.memory.residency import Residency
+from jslora.memory.residency import Residency, Resident
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 
@@ -18,7 +20,7 @@ from jslora.memory.worth import Clock
 def make_room(total: int) -> Room:
     pages, clock = PageAllocator(total), Clock()
     uploads = FakeUploads()
-    residency = Residency(pages, clock, uploads, LAYERS, total, LAYERS * total, 8)
+    residency = Residency(pages, clock, uploads, LAYERS, total, LAYERS * total, 8, now=lambda: 0.0)
     return Room(pages, PrefixCache(pages, clock), residency)
 
 
@@ -103,9 +105,27 @@ def test_what_is_kept_used_or_on_its_way_is_not_given_up() -> None:
 def test_free_pages_are_taken_without_a_look_at_what_else_could_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def look(*others: object) -> Iterator[Resident]:
+        yield pytest.fail("there may be thousands")
+
     room = make_room(13)
-    monkeypatch.setattr(Residency, "idle", lambda *others: pytest.fail("there may be thousands"))
+    monkeypatch.setattr(Residency, "idle", look)
     assert room.take(4) == [12, 11, 10, 9] and room.take_run(4, spare=2) == [1, 2, 3, 4]
+
+
+def test_cached_pages_worth_less_than_any_adapter_leave_without_a_look_at_adapters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(*others: object) -> Iterator[Resident]:
+        yield pytest.fail("there may be thousands")
+
+    room = make_room(10)
+    load(room, 1, room.pages.take_at(1, 2))
+    set_worth(room, 9.0, 1.0)
+    for page in (8, 9):
+        cache(room, page, 0.0)
+    monkeypatch.setattr(Residency, "idle", look)
+    assert room.take(7) is not None and here(room) == ([1], [])
 
 
 def test_pages_to_spare_are_kept_in_reach() -> None:
@@ -134,6 +154,16 @@ def test_two_adapters_are_not_cut_where_one_would_do() -> None:
         use(room, number, 5.0)
     assert room.take_run(3) is not None
     assert len(here(room)[0]) == 2
+
+
+def test_the_time_that_all_have_seen_does_not_count_against_what_is_large() -> None:
+    room = make_room(6)
+    load(room, 1, room.pages.take_at(1, 3))
+    use(room, 1, 100.0)
+    set_worth(room, 0.9, 1.0)
+    for page in (4, 5):
+        cache(room, page, 100.5)
+    assert room.take_run(2) == [1, 2] and here(room) == ([], [4, 5])
 
 
 def test_scattered_pages_are_given_where_no_run_can_be_cleared() -> None:
@@ -173,7 +203,7 @@ def test_any_wish_is_met_whole_or_nothing_is_given_up(data: st.DataObject) -> No
     reach = room.pages.free + room.prefix.idle + sum(len(r.placement.pages) for r in idle)
     before, run = here(room), data.draw(st.booleans())
     n, spare = data.draw(st.integers(1, total)), data.draw(st.integers(0, 4)) if run else 0
-    clear = ~room.pages.used() | ~np.isnan(room.prefix.since)
+    clear = ~room.pages.used() | (room.prefix.since < np.inf)
     clear[[page for r in idle for page in r.placement.pages]] = True
     pages = room.take_run(n, keep, spare) if run else room.take(n, keep)
     if n + spare > reach:
@@ -188,3 +218,67 @@ def test_any_wish_is_met_whole_or_nothing_is_given_up(data: st.DataObject) -> No
     held = [r.placement.pages for r in room.residency.residents.values()]
     room.pages.check([*running, *held, *room.prefix.held()])
     room.prefix.check()
+
+
+def fill(room: Room, kind: str, number: int, n: int, now: float) -> None:
+    """Let something have `n` pages, if they are free."""
+    first = room.pages.free_run(n)
+    match kind:
+        case "cached" if room.pages.free:
+            cache(room, int(np.flatnonzero(~room.pages.used())[-1]), now)
+        case "running" if room.pages.free:
+            room.pages.take(1)
+        case "scattered" if room.pages.free >= n:
+            pages = np.flatnonzero(~room.pages.used())[:: room.pages.free // n][:n]
+            load(room, number, [room.pages.take_at(int(page), 1)[0] for page in pages])
+            use(room, number, now)
+        case "adapter" | "used" if first is not None:
+            load(room, number, room.pages.take_at(first, n))
+            use(room, number, now)
+            if kind == "used":
+                room.residency.acquire(f"{number:03}")
+
+
+def settle(room: Room, run: bool, number: int, pages: list[int] | None) -> None:
+    """Let what was taken be idle: an adapter, or cached pages."""
+    if pages is None:
+        return
+    if run:
+        load(room, number, pages)
+    else:
+        for page in pages:
+            room.prefix.publish(next_key(b"", [number, page]), page, "")
+        room.prefix.release(pages)
+
+
+KINDS = st.sampled_from(["adapter", "adapter", "scattered", "used", "cached", "running"])
+FILLS = st.lists(st.tuples(KINDS, st.integers(1, 6), st.floats(0, 5)), max_size=25)
+WISHES = st.lists(st.tuples(st.booleans(), st.integers(1, 12), st.integers(0, 4)), max_size=6)
+SECONDS = st.floats(0, 3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(3, 40), FILLS, st.sets(st.integers(0, 24)), WISHES, SECONDS, SECONDS)
+def test_what_is_given_up_is_what_looking_at_everything_finds(
+    total: int, fills: list[tuple[str, int, float]], kept: set[int],
+    wishes: list[tuple[bool, int, int]], adapter_page: float, cached_page: float,
+) -> None:  # fmt: skip
+    room, other = make_room(total), make_room(total)
+    for each in (room, other):
+        for number, (kind, n, now) in enumerate(fills):
+            fill(each, kind, number, n, now)
+        set_worth(each, adapter_page, cached_page)
+    keep = {f"{number:03}" for number in kept}
+    for number, (run, n, spare) in enumerate(wishes, start=100):
+        if run:
+            pages = room.take_run(n, keep, spare)
+            expected = room_oracle.take_run(other, n, keep, spare, pages)
+        else:
+            pages, expected = room.take(n, keep), room_oracle.take(other, n, keep)
+        assert pages == expected and here(room) == here(other)
+        assert room.residency.clock == other.residency.clock
+        assert room.residency.kind == other.residency.kind and room.prefix.kind == other.prefix.kind
+        room.residency.check()
+        room.prefix.check()
+        for each in (room, other):
+            settle(each, run, number, pages)

@@ -10,6 +10,7 @@ from fake_adapters import LAYERS, FakeStore, FakeUploads, make_registration, mak
 from fake_device import Answer, FakeDevice, continue_request
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from short_answers import QUANTILE, expect_short_answers
 
 from jslora.adapters.version import Version
 from jslora.errors import EngineFailed, InvalidRequest, Overloaded
@@ -19,8 +20,10 @@ from jslora.memory.residency import Residency, Resident
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 from jslora.request import Request, SamplingParams, TokenEvent
+from jslora.schedule import watch
 from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.scheduler import Scheduler
+from jslora.schedule.settings import SchedulerSection
 
 VOCAB = 40
 LIMITS = Limits(
@@ -38,7 +41,7 @@ class Watched(Residency):
     def evict(self, resident: Resident) -> None:
         wanted = resident.version.digest in {s.digest for s in self.scheduler.waiting}
         alone = len(self.scheduler.running) <= 1
-        assert alone or not (resident.fresh and wanted), "it came in vain"
+        assert alone or not (resident.version.digest in self.fresh and wanted), "it came in vain"
         super().evict(resident)
 
 
@@ -49,11 +52,14 @@ class Engine:
         drawn: tokens drawn on the device for each request.
         transfers: how many uploads become done before each turn, for ever repeated.
         lookahead: whether a step is planned before the one before it is read.
+        foresight: whether room is kept for answers as long as `max_tokens`, or for the short ones
+            that it was told of before.
     """
 
     def __init__(
         self, limits: Limits = LIMITS, pages: int = 40, *, transfers: tuple[int, ...] = (9,),
         lookahead: bool = True, chunk: int = 3, again: int = 0, prefix_cache: bool = True,
+        foresight: bool = False, section: SchedulerSection | None = None,
     ) -> None:  # fmt: skip
         self.limits = limits
         self.pages, clock = PageAllocator(pages), Clock()
@@ -63,7 +69,10 @@ class Engine:
             self.pages, clock, FakeUploads(), LAYERS, pages, LAYERS * pages, chunk
         )
         room = Room(self.pages, self.prefix, self.residency)
-        self.scheduler = self.residency.scheduler = Scheduler(limits, room, self.store)
+        section = section or SchedulerSection(reserve="declared" if foresight else QUANTILE)
+        self.scheduler = self.residency.scheduler = Scheduler(limits, room, self.store, section)
+        if not foresight:
+            expect_short_answers(self.scheduler)
         self.device = FakeDevice(limits, pages)
         self.answers: dict[str, Answer] = {}
         self.requests: dict[str, Request] = {}
@@ -341,7 +350,7 @@ def test_a_sequence_longer_than_the_context_is_refused_with_both_numbers() -> No
 
 def test_more_pages_than_the_pool_has_beside_the_adapter_are_refused_with_both_numbers() -> None:
     engine = Engine(pages=11)
-    params = replace(GREEDY, max_tokens=8, ignore_eos=True)
+    params = replace(GREEDY, max_tokens=8, ignore_eos=True, stop=("x",))
     refuse(engine, make_request("a", 33, params), "41 tokens need 11 pages .*; the pool has 10")
     refuse(
         engine, make_request("a", 17, params),
@@ -420,7 +429,7 @@ def in_step(plan: Plan | None) -> dict[str, int]:
     return {sequence.request.id: row.length for sequence, row in pairs}
 
 
-LONG = replace(GREEDY, max_tokens=30, ignore_eos=True)
+LONG = replace(GREEDY, max_tokens=30, ignore_eos=True, stop=("x",))
 
 
 def test_a_long_prompt_delays_no_stream() -> None:
@@ -626,7 +635,7 @@ def test_tokens_are_counted() -> None:
     engine.run()
     assert engine.scheduler.prompt_tokens == 20
     assert engine.scheduler.generated_tokens == sum(len(a.tokens) for a in engine.answers.values())
-    assert engine.scheduler.adapters_of([]) == ()
+    assert watch.adapters([]) == ()
 
 
 def test_nobody_hears_of_a_request_after_it_was_aborted() -> None:

@@ -6,6 +6,8 @@ what must come back. A prompt that contains one of these words makes something h
     eos      ends at its model's end token after 3 tokens
     corrupt  fails as not finite after 2 tokens
     refuse   is answered with an overloaded error before any token
+    quota    is refused as over its rate for 6.2 s, the first time that prompt comes
+    belated  is given up as too late, the first time that prompt comes; with `sleep` after 1.5 s
     slow     makes a token every 100 ms; `sleep` waits 1.5 s before the first
     umlaut   emits ä over and over, one byte of UTF-8 a token
     die      the process exits after 2 tokens
@@ -28,16 +30,19 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import zmq
 
 from jslora import config, wire
+from jslora.errors import RateLimited, TooLate
 from jslora.request import (
     AdapterInfo,
     EngineInfo,
     ErrorInfo,
     Request,
     Stats,
+    TenantStats,
     TokenEvent,
     TokenLogprob,
 )
@@ -90,6 +95,9 @@ class Engine:
         self.seen: set[tuple] = set()
         self.steps = self.aborted = self.generated = self.prompted = 0
         self.asked = self.hits = self.loads = self.described = 0
+        self.too_late = self.rate_limited = 0
+        self.refused: set[tuple[int, ...]] = set()
+        self.service: Counter[str] = Counter()
 
     def run(self) -> None:
         pulse = 0.0
@@ -152,12 +160,38 @@ class Engine:
             adapters_device=1,
             host_bytes=1000 * len(self.adapters),
             adapter_seconds={"read": 0.5 * self.loads, "pack": 0.25 * self.loads},
+            too_late=self.too_late,
+            rate_limited=self.rate_limited,
+            **self._waits(),
             running_adapters=tuple(sorted({r.request.adapter or "" for r in self.rows.values()})),
         )
         changed = [i for i in self.adapters.values() if self.told.get(i.name) is not i]
         removed = [name for name in self.told if name not in self.adapters]
         self.told = dict(self.adapters)
         self.send(wire.Pulse(stats, changed, removed))
+
+    def _waits(self) -> dict[str, Any]:
+        """Who waits for a first token since when, by tenant and by adapter."""
+        now = time.monotonic()
+        tenants, adapters = {}, {}
+        for tenant in sorted({*self.service} | {r.request.tenant for r in self.rows.values()}):
+            rows = [row for row in self.rows.values() if row.request.tenant == tenant]
+            waits = [now - row.born for row in rows if not row.made]
+            tenants[tenant] = TenantStats(
+                running=len(rows) - len(waits), waiting=len(waits),
+                oldest_wait=max(waits, default=0.0), service=float(self.service[tenant]),
+            )  # fmt: skip
+        for row in self.rows.values():
+            if not row.made:
+                name = row.request.adapter or ""
+                adapters[name] = max(adapters.get(name, 0.0), now - row.born)
+        oldest = sorted(adapters.items(), key=lambda item: -item[1])
+        return {
+            "waiting": sum(tenant.waiting for tenant in tenants.values()),
+            "tenants": tenants,
+            "oldest_adapters": tuple(oldest[:16]),
+            "oldest_wait": max(adapters.values(), default=0.0),
+        }
 
     def _obey(self, command: wire.Command) -> bool:
         match command:
@@ -226,7 +260,14 @@ class Engine:
             error = ErrorInfo(type="not_found_error", message=f"no adapter {request.adapter!r}")
         elif b"refuse" in words:
             error = ErrorInfo(type="overloaded_error", message="the engine is full")
+        elif request.prompt not in self.refused and b"quota" in words:
+            error = ErrorInfo.of(RateLimited("the tenant's rate is used up", retry_after=6.2))
+            self.rate_limited += 1
+        elif request.prompt not in self.refused and b"belated" in words and b"sleep" not in words:
+            error = ErrorInfo.of(TooLate("no token within 6 s", retry_after=2.5))
+            self.too_late += 1
         if error is not None:
+            self.refused.add(request.prompt)
             self.send(wire.Events([TokenEvent(id=request.id, error=error)]))
             return
         self.prompted += len(request.prompt)
@@ -256,29 +297,33 @@ class Engine:
 
     def _advance(self, row: Row) -> TokenEvent:
         request, params = row.request, row.request.params
-        event = TokenEvent(id=request.id, cached_tokens=0 if row.made else row.cached)
+        said: dict[str, Any] = {"id": request.id, "cached_tokens": 0 if row.made else row.cached}
         if row.made == 0 and params.prompt_logprobs is not None:
             scored = (_score(token, params.prompt_logprobs) for token in request.prompt[1:])
-            event = replace(event, prompt_logprobs=(None, *scored))
+            said["prompt_logprobs"] = (None, *scored)
+        if row.made == 0 and b"belated" in row.words and b"sleep" in row.words:
+            late = TooLate("no token in time", retry_after=2.5)
+            return TokenEvent(**said, error=ErrorInfo.of(late))
         if params.max_tokens == 0:
-            return replace(event, finish_reason="length")
+            return TokenEvent(**said, finish_reason="length")
         if row.made == 2 and b"corrupt" in row.words:
             error = ErrorInfo(type="corrupt_output_error", message="the logits are not finite")
-            return replace(event, error=error)
+            return TokenEvent(**said, error=error)
         if row.made == 2 and b"die" in row.words:
             os._exit(9)
         if row.made == 3 and b"eos" in row.words and not params.ignore_eos:
-            return replace(event, finish_reason="stop", stop_token=EOS)
+            return TokenEvent(**said, finish_reason="stop", stop_token=EOS)
         token = letter(request.adapter, request.prompt, row.made)
         if b"umlaut" in row.words:
             token = "ä".encode()[row.made % 2]
         if token in params.stop_token_ids and row.made >= params.min_tokens:
-            return replace(event, finish_reason="stop", stop_token=token)
+            return TokenEvent(**said, finish_reason="stop", stop_token=token)
         row.made += 1
         self.generated += 1
+        self.service[request.tenant] += 2
         scores = () if params.logprobs is None else (_score(token, params.logprobs),)
         reason = "length" if row.made == params.max_tokens else None
-        return replace(event, tokens=(token,), logprobs=scores, finish_reason=reason)
+        return TokenEvent(**said, tokens=(token,), logprobs=scores, finish_reason=reason)
 
 
 def _score(token: int, count: int) -> TokenLogprob:

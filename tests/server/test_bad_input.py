@@ -231,7 +231,8 @@ JSON = st.recursive(
 )
 FIELDS = sorted(
     {"model", "prompt", "messages", "max_tokens", "n", "stop", "logit_bias", "stream_options",
-     "seed", "temperature", "logprobs", "stop_token_ids", "echo", "tools", "top_p"}
+     "seed", "temperature", "logprobs", "stop_token_ids", "echo", "tools", "top_p", "priority",
+     "ttft_slo"}
 )  # fmt: skip
 
 

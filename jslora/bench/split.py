@@ -1,0 +1,34 @@
+"""A pool cut in two: pages for adapters alone, and pages for KV alone. For comparison only.
+
+What every engine without a unified pool does. It stands where a `Room` stands; both sides give up
+only what is theirs. Host only: no jax.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from jslora.memory.prefix import PrefixCache
+from jslora.memory.room import Room
+from jslora.memory.worth import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRoom(Room):
+    """`pages` and `prefix` are those of KV; `residency` has an allocator of its own."""
+
+    def take(self, n: int, keep: Collection[str] = ()) -> list[int] | None:
+        while self.pages.free < n and self.prefix.idle:
+            self.prefix.evict()
+        return self.pages.take(n)
+
+    def take_free_run(self, n: int) -> list[int] | None:
+        return self._adapters.take_free_run(n)
+
+    def take_run(self, n: int, keep: Collection[str] = (), spare: int = 0) -> list[int] | None:
+        return self._adapters.take_run(n, keep)
+
+    @property
+    def _adapters(self) -> Room:
+        pages = self.residency.pages
+        nothing = PrefixCache(pages, Clock(), enabled=False)
+        return Room(pages, nothing, self.residency)

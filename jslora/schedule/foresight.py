@@ -1,0 +1,147 @@
+"""Whether there will be pages enough, to the end of all that runs, if one more sequence starts.
+
+A row holds more with every token, so what is free now may be promised already. The end of an answer
+is what `max_tokens` declares, or sooner, as the answers of its adapter so far suggest (`Lengths`);
+where that was too short it is asked for again, and preemption is the safety net. Pages of adapters
+that are used, pinned, or were brought for those who wait are not there for tokens. Pages of a
+beginning that several rows share are counted once.
+Host only: no jax.
+"""
+
+import copy
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jslora.memory.room import Room
+from jslora.request import Request
+from jslora.schedule.ahead import Ahead
+from jslora.schedule.lengths import Lengths
+from jslora.schedule.reserve import Future
+from jslora.schedule.sequence import Sequence
+
+_OFTEN = 32
+"""Tokens after which what is expected of a running sequence is looked up again."""
+
+
+class Foresight:
+    """What the pool, of pages of `page_size` tokens, will have to hold.
+
+    Args:
+        reserve: "declared", or the quantile of an adapter's answers that is expected.
+    """
+
+    def __init__(self, ahead: Ahead, room: Room, page_size: int, reserve: str | float) -> None:
+        self.ahead, self.page_size, self._room = ahead, page_size, room
+        self._lengths = None if isinstance(reserve, str) else Lengths(reserve)
+
+    def expected(self, sequence: Sequence) -> int:
+        """Tokens that its answer is expected to have, more than were drawn."""
+        request, most = sequence.request, sequence.request.params.max_tokens
+        if self._lengths is None or _told(request):
+            return most
+        drawn = min(sequence.generated + sequence.pending, most)
+        return self._lengths.expected(request.adapter or "", drawn, most)
+
+    def ended(self, sequence: Sequence, *, cut: bool) -> None:
+        """Learn from an answer's end; `cut` if it would have been longer."""
+        if self._lengths is not None and sequence.generated and not _told(sequence.request):
+            name = sequence.request.adapter or ""
+            self._lengths.ended(name, sequence.generated, cut=cut)
+
+    def future(self, running: Seq[Sequence]) -> Future:
+        """What running sequences will come to hold."""
+        held, more = [], []
+        for sequence in running:
+            now = len(sequence.tokens) + sequence.pending
+            left = sequence.prompt_length + sequence.expected - now
+            if left <= 0 or now % _OFTEN == 0:  # more may be known by now
+                sequence.expected = self.expected(sequence)
+                left = self.left(sequence)
+            held.append(now - sequence.given * self.page_size)
+            more.append(left)
+        return Future(np.array(held, int), np.array(more, int), self.page_size)
+
+    def outlook(self, future: Future, running: Seq[Sequence]) -> "Outlook":
+        """The future of those that run, which is left as it is, beside what else takes pages."""
+        adapters, counted = self.ahead.held()
+        spare = self._room.pages.total - 1 - adapters - self._given(running)
+        return Outlook(self, copy.copy(future), spare, counted, bool(running), future.peak)
+
+    def _given(self, running: Seq[Sequence]) -> int:
+        """Pages that rows were given by the prefix cache and that no row counts as its own."""
+        pages, prefix, residency = self._room.pages, self._room.prefix, self._room.residency
+        if not prefix.enabled:
+            return 0
+        own = sum(len(sequence.pages) - sequence.given for sequence in running)
+        return max(0, pages.total - 1 - pages.free - prefix.idle - residency.pages_held - own)
+
+    def shared(self, sequence: Sequence) -> int:
+        """Leading pages of one that waits that are in use by others, and so cost it nothing."""
+        read = sequence.registration is None or sequence.version is not None
+        if not (read and self._room.prefix.enabled and sequence.reuses):
+            return 0
+        most = (len(sequence.tokens) - 1) // self.page_size
+        return self._room.prefix.in_use(sequence.keys(most, self.page_size))
+
+    def left(self, sequence: Sequence) -> int:
+        """Tokens that are expected to come of it, beside the one that is drawn already."""
+        drawn = sequence.generated + sequence.pending
+        if drawn >= sequence.expected:
+            sequence.expected = self.expected(sequence)
+        return max(sequence.expected - drawn, 0)
+
+
+@dataclass(slots=True)
+class Outlook:
+    """The future of the pool, from one step, to which sequences may be added one by one.
+
+    Attributes:
+        spare: pages that there are for tokens.
+        counted: adapters whose pages are not among them, beside those in use.
+        bounded: False if nothing runs; what is alone can always run.
+        most: pages that the future, with all that were added, needs at most.
+    """
+
+    _foresight: Foresight
+    _future: Future
+    spare: int
+    counted: set[str]
+    bounded: bool
+    most: int
+    _loose: list[tuple[int, int]] = field(default_factory=list)
+
+    def joins(self, sequence: Sequence) -> bool:
+        """Whether one more, its adapter included, can run; if so it is counted from now on."""
+        foresight, digest = self._foresight, sequence.digest
+        known = bool(digest) and (digest in self.counted or foresight.ahead.used(digest))
+        own = 0 if known else sequence.adapter_pages
+        sequence.expected = foresight.expected(sequence)  # more may be known by now
+        held, left = len(sequence.tokens), foresight.left(sequence)
+        alone = -(-(held + left) // foresight.page_size)
+        if not self.bounded or self.most + alone <= self.spare - own:
+            self._loose.append((held, left))  # there is room even if all were largest at once
+            self.most += alone
+        elif not self._joins(sequence, held, left, self.spare - own):
+            return False
+        self.spare -= own
+        if digest:
+            self.counted.add(digest)
+        self.bounded = True
+        return True
+
+    def _joins(self, sequence: Sequence, held: int, left: int, most: int) -> bool:
+        held -= self._foresight.shared(sequence) * self._foresight.page_size
+        for row in self._loose:
+            self._future.join(*row)
+        self._loose.clear()
+        joined = self._future.join(held, left, most)
+        self.most = self._future.peak
+        return joined
+
+
+def _told(request: Request) -> bool:
+    """Whether the answer is exactly as long as `max_tokens` says."""
+    params = request.params
+    return params.ignore_eos and not params.stop and not params.stop_token_ids
