@@ -54,7 +54,10 @@ def figures(summary: Summary) -> dict[str, float | None]:
 
 
 def table(rows: Mapping[str, Summary]) -> str:
-    """Runs side by side as a Markdown table, a column each; and a line for each counter."""
+    """Runs side by side as a Markdown table, a column each.
+
+    With a line for each counter, and one for the service of each tenant if there are several.
+    """
     counted = dict.fromkeys(name for summary in rows.values() for name in summary.counters)
     lines = [
         [title, *(_number(of(summary), digits) for summary in rows.values())]
@@ -64,7 +67,18 @@ def table(rows: Mapping[str, Summary]) -> str:
         [name.replace("_", " "), *(_number(s.counters.get(name), 0) for s in rows.values())]
         for name in counted
     ]
+    tenants = dict.fromkeys(name for summary in rows.values() for name in summary.tenants)
+    if len(tenants) > 1:
+        lines += [
+            [f"service, {name}", *(_service(summary, name) for summary in rows.values())]
+            for name in tenants
+        ]
     return _markdown(["", *rows], lines)
+
+
+def _service(summary: Summary, tenant: str) -> str:
+    found = summary.tenants.get(tenant)
+    return _number(found.service if found else None, 0)
 
 
 def compare(

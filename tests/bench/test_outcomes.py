@@ -186,6 +186,7 @@ def test_the_table_has_a_column_for_each_stack() -> None:
     assert rows["attainment"] == ["0.400", "0.000"]
     assert rows["TTFT p50, s"] == ["2.500", "-"]
     assert rows["loads"] == ["7", "-"] and rows["evictions"] == ["-", "3"]
+    assert rows["service, a"] == ["40", "0"] and rows["service, b"] == ["26", "-"]
 
 
 def test_figures_stand_beside_published_ones() -> None:
