@@ -10,6 +10,7 @@ from jslora.adapters.registration import Registration
 from jslora.errors import InvalidRequest, Overloaded
 from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Request, SamplingParams
 from jslora.schedule.plan import Limits
+from jslora.schedule.queue import Waiting
 from jslora.schedule.settings import SchedulerSection
 
 _INT32 = 2**31 - 1
@@ -75,15 +76,21 @@ def check(
         )
 
 
-def check_queue(request: Request, limits: Limits, waiting: int, tokens: int) -> None:
-    """Refuse what the queue has no place for, beside so many sequences and prompt tokens.
+def check_queue(
+    request: Request, limits: Limits, section: SchedulerSection, waiting: Waiting, own: int
+) -> None:
+    """Refuse what the queue has no place for.
+
+    Args:
+        own: those of the same tenant that wait.
 
     Raises:
-        Overloaded: it is full.
+        Overloaded: it is full, or what is free is kept for other tenants.
     """
-    tokens_full = waiting and tokens + len(request.prompt) > limits.max_queued_tokens
-    if waiting >= limits.max_queued or tokens_full:
-        raise Overloaded(f"{waiting} requests are waiting; the queue is full")
+    n = len(waiting)
+    tokens_full = n and waiting.tokens + len(request.prompt) > limits.max_queued_tokens
+    if tokens_full or section.crowded(own, n, limits.max_queued):
+        raise Overloaded(f"{n} requests are waiting, {own} of this tenant; the queue is full")
 
 
 def _check_settings(request: Request, vocab_size: int) -> None:

@@ -142,6 +142,10 @@ class Policies:
 
     # What they say -------------------------------------------------------------------------------
 
+    def waits(self, tenant: str) -> int:
+        """How many requests of a tenant wait."""
+        return self._by_tenant.waiting(self._tenants.number(tenant))
+
     def front(self, k: int, now: float) -> list[Sequence]:
         """The `k` that go first."""
         return self.waiting.front(k, self._stack, now)

@@ -90,7 +90,8 @@ class Scheduler:
         if request.id in self._by_id:
             raise InvalidRequest(f"request id {request.id!r} is in use", param="request_id")
         check(request, registration, self.limits, self.room.pages.total, self._section)
-        check_queue(request, self.limits, len(self.waiting), self.waiting.tokens)
+        own = self.policies.waits(request.tenant)
+        check_queue(request, self.limits, self._section, self.waiting, own)
         now, seed = self._clock(), request.params.seed
         sequence = Sequence(
             request, registration, secrets.randbits(64) if seed is None else seed % 2**64,

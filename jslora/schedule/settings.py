@@ -61,6 +61,12 @@ class Tenant(Quota):
     ttft_slo: Slo | None = None
 
 
+PLACES_PER_FREE = 4
+"""Places of a queue that one tenant may take for each that is free, where tenants are served
+fairly (dynamic thresholds, Choudhury and Hahne 1998): alone it gets four fifths of them, and
+whoever comes after it finds some."""
+
+
 class SchedulerSection(_Section):
     """`policy`: who goes first, see `jslora.schedule.stack`.
 
@@ -123,6 +129,11 @@ class SchedulerSection(_Section):
             if given
         ]
         return "; ".join(f"scheduler.{problem}" for problem in found) or None
+
+    def crowded(self, own: int, taken: int, places: int) -> bool:
+        """Whether a tenant with `own` of the `taken` places of a queue gets no more of them."""
+        fair = "fair_tenants" in self.policy
+        return taken >= places or (fair and own >= PLACES_PER_FREE * (places - taken))
 
     def check_wishes(self, priority: int, ttft_slo: float | None) -> None:
         """Refuse what a request wishes for if it would not be heeded.

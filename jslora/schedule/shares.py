@@ -67,6 +67,10 @@ class Shares:
             self._served[:known] += served
             self._counter[:known] += served / np.where(served, self._weight[:known], 1.0)
 
+    def waiting(self, group: int) -> int:
+        """How many of a group wait."""
+        return int(self._waiting[group]) if group < len(self._waiting) else 0
+
     def service(self) -> list[float]:
         """Weighted tokens that each group was served, by number."""
         return self._served.tolist()

@@ -13,10 +13,13 @@ from jslora.request import TokenEvent
 
 
 class Channel:
-    """Events of the sequences `ids`; `cancel` tells the engine which ones nobody waits for."""
+    """Events of a tenant's sequences `ids`; `cancel` tells the engine which nobody waits for."""
 
-    def __init__(self, ids: Iterable[str], cancel: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self, ids: Iterable[str], cancel: Callable[[list[str]], None], tenant: str = "default"
+    ) -> None:
         self.open = set(ids)
+        self.tenant = tenant
         self._cancel = cancel
         self._pending: list[TokenEvent] = []
         self._failure: JsloraError | None = None

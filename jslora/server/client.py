@@ -103,8 +103,9 @@ class EngineClient:
             InvalidRequest: the queue could never hold them.
         """
         self.engine()
-        self._admit([len(request.prompt) for request in requests])
-        channel = Channel((request.id for request in requests), self._abort)
+        tenant = requests[0].tenant
+        self._admit([len(request.prompt) for request in requests], tenant)
+        channel = Channel((request.id for request in requests), self._abort, tenant)
         for request in requests:
             self._channels[request.id] = channel
             self._unanswered[request.id] = len(request.prompt)
@@ -123,7 +124,7 @@ class EngineClient:
         for channel in set(channels.values()):
             channel.fail(copy.copy(error))
 
-    def _admit(self, lengths: list[int]) -> None:
+    def _admit(self, lengths: list[int], tenant: str) -> None:
         limits = self._config.scheduler
         capacity = limits.max_running + limits.max_queued
         if len(lengths) > capacity or sum(lengths) > limits.max_queued_tokens:
@@ -133,6 +134,13 @@ class EngineClient:
             )
         if self.outstanding + len(lengths) > capacity:
             raise Overloaded(f"the queue is full: {self.outstanding} sequences run or wait")
+        if self.outstanding >= capacity // 2:  # before, nobody can have too many
+            own = sum(channel.tenant == tenant for channel in self._channels.values())
+            if limits.crowded(own, self.outstanding, capacity):
+                raise Overloaded(
+                    f"the queue is full: {own} sequences of {tenant} run or wait, and what is free "
+                    "is kept for other tenants"
+                )
         waiting = sum(self._unanswered.values())
         if waiting + sum(lengths) > limits.max_queued_tokens:
             raise Overloaded(f"the queue is full: {waiting} prompt tokens wait")

@@ -302,6 +302,27 @@ def test_a_refused_request_leaves_nothing_behind(job: Job, error: type[JsloraErr
     engine.check_nothing_left()
 
 
+def test_a_tenant_that_floods_the_queue_leaves_places_to_others() -> None:
+    """Four fifths of them are its own at most, and only where tenants are served fairly."""
+    limits = replace(LIMITS, max_running=1, max_queued=100)
+
+    def queued(policy: list[Name], *tenants: str) -> list[int]:
+        engine = LightEngine(SchedulerSection(policy=policy), limits=limits, pages=40)
+        found = []
+        for tenant in tenants:
+            for number in range(200):
+                try:
+                    engine.add(f"{tenant}{number}", Job(tenant=tenant))
+                except Overloaded as error:
+                    assert "queue is full" in error.message
+                    break
+            found.append(number)
+        return found
+
+    assert queued(["fcfs"], "a", "b") == [100, 0]
+    assert queued(["fair_tenants"], "a", "b", "c") == [80, 16, 4]
+
+
 # What is counted ----------------------------------------------------------------------------------
 
 

@@ -263,7 +263,8 @@ def test_the_refusals_are_documented(client: openai.OpenAI) -> None:
             assert responses[status]["headers"]["Retry-After"]["schema"]["type"] == "integer"
     assert "429" not in document["paths"]["/tokenize"]["post"]["responses"]
     fields = document["components"]["schemas"]["CompletionBody"]["properties"]
-    assert (fields["priority"]["minimum"], fields["priority"]["maximum"]) == (0, 100)
+    (priority,) = (option for option in fields["priority"]["anyOf"] if option["type"] == "integer")
+    assert (priority["minimum"], priority["maximum"]) == (0, 100)
     (slo,) = (option for option in fields["ttft_slo"]["anyOf"] if option["type"] == "number")
     assert (slo["exclusiveMinimum"], slo["maximum"]) == (0, 3600)
 
@@ -389,3 +390,31 @@ def test_wishes_and_times_to_wait_cross_the_wire(
     failed = wire.Failed(ErrorInfo(type="rate_limit_error", message="m", retry_after=retry))
     assert wire.decode_news(wire.encode(failed)) == failed
     assert failed.error.error().retry_after == (1.0 if retry is None else retry)
+
+
+def test_a_tenant_that_fills_the_queue_leaves_places_to_others() -> None:
+    """Five places, of which one tenant may have four."""
+    scheduler = {"policy": ["fair_tenants"], "max_running": 1, "max_queued": 4}
+    changes = {
+        "auth": {"keys": KEYS},
+        "scheduler": scheduler,
+        "server": {"keep_alive_seconds": 0.2},
+    }
+    server = Server(changes)
+    body = {"model": "base", "prompt": "slow", "max_tokens": 30, "stream": True, "n": 4}
+
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        headers = {"authorization": "Bearer alice's"}
+        with client.stream("POST", "/v1/completions", json=body, headers=headers) as first:
+            lines = first.iter_lines()  # dropping it would close the stream
+            next(lines)
+            refused = client.post("/v1/completions", json=body | {"n": 1}, headers=headers)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "kept for other tenants" in refused.json()["error"]["message"]
+            other = {"authorization": "Bearer bob's"}
+            one = body | {"n": 1}
+            with client.stream("POST", "/v1/completions", json=one, headers=other) as second:
+                assert second.status_code == 200
+            lines.close()
+    code, errors = server.stop()
+    assert code == 0, errors
