@@ -9,12 +9,15 @@ on a CPU reads host buffers without copying. Padding tokens write to a page beyo
 padding rows sample into a slot beyond the last, padding reads go to page 0.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int, Int32
 
 from pallas_kernels.paged_attention.cut import Cut
 
@@ -45,6 +48,7 @@ class Geometry:
         rank_block: ranks in one LoRA block.
         max_rank: highest rank an adapter may have.
         row_lengths: of each module, the length of a row of A and of a row of B.
+        peers: of each module, the devices that share its ranks.
     """
 
     layers: int
@@ -57,6 +61,7 @@ class Geometry:
     rank_block: int
     max_rank: int
     row_lengths: tuple[tuple[int, int], ...]
+    peers: tuple[int, ...] = (1,) * 7
 
     def attention_items(self, bucket: Bucket) -> int:
         """Most attention items of a step: every row in parts, or in whole tiles and one more."""
@@ -122,8 +127,7 @@ class Placement:
         return all(b - a == 1 for a, b in pairwise(self.pages))
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """How a sequence's tokens are drawn, the same in all its rows.
 
     Attributes:
@@ -141,8 +145,16 @@ class Draw:
     stateful: bool = False
 
 
+DRAW = np.dtype([
+    ("seed", np.uint64), ("temperature", np.float64), ("top_k", np.int32), ("top_p", np.float64),
+    ("min_p", np.float64), ("repetition", np.float64), ("presence", np.float64),
+    ("frequency", np.float64), ("stateful", bool),
+])  # fmt: skip
+"""A column of `Draw`."""
+
+
 class RowPlan(NamedTuple):
-    """One row of a step; a tuple, because hundreds are made for every step.
+    """One row of a step.
 
     Attributes:
         tokens: ids the host knows; when `fed` the last one is read from the slot on the device.
@@ -168,61 +180,137 @@ class RowPlan(NamedTuple):
         return len(self.tokens) + self.fed
 
 
-def pack_step(rows: Seq[RowPlan], bucket: Bucket, geometry: Geometry) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step in columns, because hundreds are planned and packed for every step.
+
+    Attributes:
+        tokens: ids the host knows of all rows, one row's behind the other's.
+        known: how many of them are each row's.
+        table: block tables, a row each; what lies behind a row's last token is not looked at.
+        draw: of dtype `DRAW`.
+        fed, position, slot, samples, hold_stop, placements: see `RowPlan`.
+    """
+
+    tokens: Int32[np.ndarray, " known"]
+    known: Int[np.ndarray, " B"]
+    fed: Bool[np.ndarray, " B"]
+    position: Int[np.ndarray, " B"]
+    table: Int32[np.ndarray, "B M"]
+    slot: Int[np.ndarray, " B"]
+    samples: Bool[np.ndarray, " B"]
+    hold_stop: Bool[np.ndarray, " B"]
+    draw: np.ndarray
+    placements: list[Placement | None]
+
+    @classmethod
+    def of(cls, rows: Seq[RowPlan]) -> "StepRows":
+        """The columns of rows given one by one."""
+        table = np.zeros((len(rows), max((len(row.pages) for row in rows), default=0)), np.int32)
+        for b, row in enumerate(rows):
+            table[b, : len(row.pages)] = row.pages
+        ints = partial(np.array, dtype=np.int64)
+        flags = partial(np.array, dtype=bool)
+        return cls(
+            tokens=np.array([token for row in rows for token in row.tokens], np.int32),
+            known=ints([len(row.tokens) for row in rows]),
+            fed=flags([row.fed for row in rows]),
+            position=ints([row.position for row in rows]),
+            table=table,
+            slot=ints([row.slot for row in rows]),
+            samples=flags([row.samples for row in rows]),
+            hold_stop=flags([row.hold_stop for row in rows]),
+            draw=np.array([tuple(row.draw) for row in rows], DRAW),
+            placements=[row.placement for row in rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.placements)
+
+    def __getitem__(self, b: int) -> RowPlan:
+        """One row, its block table with what lies behind it."""
+        last = int(self.known[: b + 1].sum())
+        return RowPlan(
+            self.tokens[last - int(self.known[b]) : last].tolist(), bool(self.fed[b]),
+            int(self.position[b]), self.table[b].tolist(), int(self.slot[b]),
+            bool(self.samples[b]), self.placements[b], Draw(*self.draw[b].item()),
+            bool(self.hold_stop[b]),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[RowPlan]:
+        return (self[b] for b in range(len(self)))
+
+    @property
+    def length(self) -> Int[np.ndarray, " B"]:
+        """Tokens of each row."""
+        return self.known + self.fed
+
+    @property
+    def end(self) -> Int[np.ndarray, " B"]:
+        """Position behind the last token of each row."""
+        return self.position + self.length
+
+
+def pack_step(rows: StepRows, bucket: Bucket, geometry: Geometry) -> np.ndarray:
     """The int32 array of one step; rows are laid out in the order given, sorted by adapter."""
     fields = int_fields(bucket, geometry)
     packed = np.zeros(size(fields), np.int32)
     at = views(packed, fields)
     at["fed_slot"][:] = geometry.slots
     at["write_page"][:] = geometry.drop_page
-    t = 0
-    items: list[tuple[int, ...]] = []
-    for b, row in enumerate(rows):
-        n, known = row.length, len(row.tokens)
-        at["token"][t : t + known] = row.tokens
-        if row.fed:
-            at["fed_slot"][t + n - 1] = row.slot
-        positions = np.arange(row.position, row.position + n, dtype=np.int32)
-        at["position"][t : t + n] = positions
-        table = np.asarray(row.pages, np.int32)
-        at["write_page"][t : t + n] = table[positions // geometry.page_size]
-        at["write_offset"][t : t + n] = positions % geometry.page_size
-        at["block_table"][b, : len(table)] = table
-        at["start"][b], at["length"][b], at["last"][b] = t, n, t + n - 1
-        at["context"][b] = row.position + n
-        found = _attention_items(b, t, row, geometry)
-        at["parts"][b] = len(found) if n == 1 else 0
-        items += found
-        t += n
-    at["item_count"][0] = len(items)
-    if items:
-        at["items"][: len(items)] = items
-    assert t <= bucket.tokens and len(rows) <= bucket.rows, (
-        f"{t} tokens, {len(rows)} rows: {bucket}"
+    count, length = len(rows), rows.length
+    total, start = int(length.sum()), np.cumsum(length) - length
+    assert total <= bucket.tokens and count <= bucket.rows, (
+        f"{total} tokens, {count} rows: {bucket}"
     )
+    last, row = start + length - 1, np.repeat(np.arange(count), length)
+    position = np.arange(total) + (rows.position - start)[row]
+    known = np.ones(total, bool)
+    known[last[rows.fed]] = False
+    at["token"][:total][known] = rows.tokens
+    at["fed_slot"][last[rows.fed]] = rows.slot[rows.fed]
+    at["position"][:total] = position
+    at["write_page"][:total] = rows.table[row, position // geometry.page_size]
+    at["write_offset"][:total] = position % geometry.page_size
+    at["block_table"][:count, : rows.table.shape[1]] = rows.table
+    at["start"][:count], at["length"][:count], at["last"][:count], at["context"][:count] = (
+        start, length, last, rows.end,
+    )  # fmt: skip
+    at["parts"][:count], items = _attention_items(rows, start, geometry)
+    at["items"][: len(items)], at["item_count"][0] = items, len(items)
     return packed
 
 
-def _attention_items(b: int, start: int, row: RowPlan, geometry: Geometry) -> list[tuple[int, ...]]:
-    """Items of one row, fields as in `pallas_kernels.paged_attention.rows.Item`."""
-    cut, n, context = geometry.attention, row.length, row.position + row.length
-    if n > 1:
-        return [
-            (b, start + at, min(cut.query_tile, n - at), 0,
-             row.position + min(at + cut.query_tile, n), 0)
-            for at in range(0, n, cut.query_tile)
-        ]  # fmt: skip
-    if not cut.parts:
-        return []
-    parts = min(cut.parts, -(-context // cut.span))
-    length = -(-context // parts // geometry.page_size) * geometry.page_size
-    return [
-        (b, start, 1, first, min(first + length, context), part)
-        for part, first in enumerate(range(0, context, length))
-    ]
+def _attention_items(
+    rows: StepRows, start: np.ndarray, geometry: Geometry
+) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, "items 6"]]:
+    """Parts of each row of one token, and all items (`pallas_kernels.paged_attention.rows.Item`).
+
+    A row of several tokens is cut into tiles of them, the context of another into parts.
+    """
+    cut, n, context = geometry.attention, rows.length, rows.end
+    several = n > 1
+    parts = np.minimum(max(1, cut.parts), -(-context // max(1, cut.span)))
+    span = (context + parts * geometry.page_size - 1) // (parts * geometry.page_size)
+    span *= geometry.page_size
+    count = np.where(several, -(-n // cut.query_tile), -(-context // span) if cut.parts else 0)
+    row = np.repeat(np.arange(len(rows)), count)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    tile = nth * cut.query_tile
+    many, n, context, span = several[row], n[row], context[row], span[row]
+    ends = np.minimum(tile + cut.query_tile, n)
+    items = np.stack([
+        row,
+        start[row] + np.where(many, tile, 0),
+        np.where(many, ends - tile, 1),
+        np.where(many, 0, nth * span),
+        np.where(many, rows.position[row] + ends, np.minimum((nth + 1) * span, context)),
+        np.where(many, 0, nth),
+    ], axis=1)  # fmt: skip
+    return np.where(several, 0, count), items
 
 
-def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def pack_sampling(rows: StepRows, count: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
     """The int32 and float32 arrays of the sampling program for `count` rows."""
     fields = sample_fields(count)
     ints = np.zeros(size(fields), np.int32)
@@ -230,22 +318,17 @@ def pack_sampling(rows: Seq[RowPlan], count: int, slots: int) -> tuple[np.ndarra
     at["slot"][:] = slots
     floats = np.zeros((len(SAMPLE_FLOATS), count), np.float32)
     floats[1], floats[3] = 1.0, 1.0
-    which = [b for b, row in enumerate(rows) if row.samples]
-    drawn = [rows[b] for b in which]
-    if drawn:
-        at["seed"][which] = _words([row.draw.seed for row in drawn])
-        at["slot"][which] = [row.slot for row in drawn]
-        at["position"][which] = [row.position + row.length for row in drawn]
-        at["top_k"][which] = [row.draw.top_k for row in drawn]
-        at["hold_stop"][which] = [row.hold_stop for row in drawn]
-        at["stateful"][which] = [row.draw.stateful for row in drawn]
-        floats[:, which] = [[getattr(row.draw, name) for row in drawn] for name in SAMPLE_FLOATS]
+    which = np.flatnonzero(rows.samples)
+    draw = rows.draw[which]
+    at["seed"][which] = np.ascontiguousarray(draw["seed"]).view(np.int32).reshape(-1, 2)
+    at["slot"][which] = rows.slot[which]
+    at["position"][which] = rows.end[which]
+    at["top_k"][which] = draw["top_k"]
+    at["hold_stop"][which] = rows.hold_stop[which]
+    at["stateful"][which] = draw["stateful"]
+    for column, name in zip(floats, SAMPLE_FLOATS, strict=True):
+        column[which] = draw[name]
     return ints, floats
-
-
-def _words(seeds: list[int]) -> np.ndarray:
-    """Each 64-bit seed as two 32-bit words."""
-    return np.array(seeds, np.uint64).view(np.int32).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,18 +340,16 @@ class Segment:
     end: int
 
 
-def segments(rows: Seq[RowPlan]) -> list[Segment]:
+def segments(rows: StepRows) -> list[Segment]:
     """The segments of a step whose rows are sorted by adapter."""
     found: list[Segment] = []
-    t = 0
-    for row in rows:
-        if row.placement is not None:
-            last = found[-1] if found else None
-            if last and last.placement is row.placement and last.end == t:
-                found[-1] = Segment(row.placement, last.start, t + row.length)
-            else:
-                found.append(Segment(row.placement, t, t + row.length))
-        t += row.length
+    for placement, end, length in zip(
+        rows.placements, np.cumsum(rows.length).tolist(), rows.length.tolist(), strict=True
+    ):
+        if placement is not None:
+            if found and found[-1].placement is placement and found[-1].end == end - length:
+                length = end - found.pop().start
+            found.append(Segment(placement, end - length, end))
     return found
 
 

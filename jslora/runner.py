@@ -25,6 +25,7 @@ from jslora.batch import (
     SAMPLERS,
     Bucket,
     Segment,
+    StepRows,
     pack_sampling,
     pack_step,
     segments,
@@ -112,9 +113,12 @@ class Runner:
         A GPU's kernels are assembled and loaded, and temporaries allocated, when they first run.
         """
         for bucket in self.catalog.buckets:
-            packed, work = pack_step([], bucket, self.geometry), self._pack_lora([], bucket)
+            packed, work = (
+                pack_step(StepRows.of([]), bucket, self.geometry),
+                self._pack_lora([], bucket),
+            )
             h, _ = self._step(bucket, packed, work)
-            rows = pack_sampling([], bucket.rows, self.sizes.max_running)
+            rows = pack_sampling(StepRows.of([]), bucket.rows, self.sizes.max_running)
             for sampler in SAMPLERS:
                 program = self._executables["sample", bucket.rows, sampler]
                 self.slots, _ = program(h, self._head, self.slots, *rows)
@@ -125,7 +129,7 @@ class Runner:
     def execute(self, plan: Plan) -> "Step":
         """Dispatch a step and its sampling; the results are on their way when it returns."""
         rows = plan.rows
-        bucket = choose(self.catalog.buckets, [row.length for row in rows])
+        bucket = choose(self.catalog.buckets, rows.length.tolist())
         packed = pack_step(rows, bucket, self.geometry)
         sampling_rows = pack_sampling(rows, bucket.rows, self.sizes.max_running)
         for sequence in plan.admitted:
@@ -135,7 +139,7 @@ class Runner:
         self.slots, sampled = program(h, self._head, self.slots, *sampling_rows)
         for array in sampled:
             array.copy_to_host_async()
-        return Step(sampled, self._score(plan, x))
+        return Step(len(rows), sampled, self._score(plan, x))
 
     def _step(self, bucket: Bucket, packed: np.ndarray, work: Work) -> tuple[jax.Array, jax.Array]:
         """Activations of each row's last token, and of all tokens; the pool is updated."""
@@ -187,7 +191,7 @@ class Runner:
 
     def _score(self, plan: Plan, x: jax.Array) -> "list[tuple[list[tuple[int, int]], Any]]":
         """Logprobs of prompt tokens: [((row, position) of each), sampled], SCORE_ROWS at a time."""
-        starts = np.cumsum([0, *(row.length for row in plan.rows)])
+        starts = np.cumsum([0, *plan.rows.length])
         wanted = [
             (b, position) for b, first, last in plan.scores for position in range(first, last + 1)
         ]
@@ -196,7 +200,7 @@ class Runner:
             part = wanted[at : at + SCORE_ROWS]
             index, target = np.zeros((2, SCORE_ROWS), np.int32)
             for i, (b, position) in enumerate(part):
-                index[i] = starts[b] + position - 1 - plan.rows[b].position
+                index[i] = starts[b] + position - 1 - plan.rows.position[b]
                 target[i] = plan.sequences[b].tokens[position]
             scored = self._executables["score", x.shape[0]](x, self._head, index, target)
             found.append((part, scored))
@@ -223,8 +227,9 @@ class Runner:
 
 @dataclass(frozen=True)
 class Step:
-    """A dispatched step."""
+    """A dispatched step of so many rows."""
 
+    rows: int
     sampled: sampling.Sampled
     scored: list[tuple[list[tuple[int, int]], sampling.Sampled]]
 
@@ -244,7 +249,7 @@ class Step:
         def logprob(b: int) -> TokenLogprob:
             return _logprob(ints[b, 0], ints[b, 2], ints[b, 3:], floats[b])
 
-        return Results(ints[:, 0], ints[:, 1] != 0, logprob, scores)
+        return Results(ints[: self.rows, 0], ints[: self.rows, 1] != 0, logprob, scores)
 
 
 def _logprob(token: Any, rank: Any, ids: np.ndarray, values: np.ndarray) -> TokenLogprob:

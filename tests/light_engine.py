@@ -91,12 +91,12 @@ class LightEngine:
         policies = self.scheduler.policies
         start = policies.start
 
-        def started(sequence: Sequence, now: float) -> None:
+        def started(sequence: Sequence, computed: int, now: float) -> None:
             self.starting(sequence)
             if sequence.life == 0:
-                prompt = sequence.prompt_length - sequence.computed
+                prompt = sequence.prompt_length - computed
                 self.service[sequence.request.tenant, "prompt"] += prompt
-            start(sequence, now)
+            start(sequence, computed, now)
 
         policies.start = started  # type: ignore[method-assign]
 
@@ -159,9 +159,10 @@ class LightEngine:
 
     def _results(self, plan: Plan) -> Results:
         tokens = np.ones(len(plan.rows), np.int32)
-        for b, (row, sequence) in enumerate(zip(plan.rows, plan.sequences, strict=True)):
-            done = row.position + row.length - sequence.prompt_length
-            if row.samples and done >= self._jobs[sequence.request.id].answer:
+        ends = zip(plan.rows.end.tolist(), plan.rows.samples.tolist(), strict=True)
+        for b, (sequence, (end, samples)) in enumerate(zip(plan.sequences, ends, strict=True)):
+            done = end - sequence.prompt_length
+            if samples and done >= self._jobs[sequence.request.id].answer:
                 tokens[b] = LIMITS.eos_token_ids[0]
         return Results(tokens, np.ones(len(tokens), bool), _no_logprob, {})
 

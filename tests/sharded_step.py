@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jslora.adapters.layout import PackedAdapter, pack
 from jslora.adapters.peft import Adapter, Factors
-from jslora.batch import Bucket, Placement, RowPlan, pack_step, segments
+from jslora.batch import Bucket, Placement, RowPlan, StepRows, pack_step, segments
 from jslora.blocks import pack_blocks
 from jslora.model.config import MODULES, ModelConfig
 from jslora.model.weights import shapes
@@ -133,7 +133,7 @@ class Run:
     def step(self, rows: list[RowPlan], bucket: Bucket) -> np.ndarray:
         """Run the rows; activations of all their tokens."""
         programs, g = self.catalog.programs, self.catalog.geometry
-        shape, parts = programs.lora_shape(bucket), segments(rows)
+        shape, parts = programs.lora_shape(bucket), segments(StepRows.of(rows))
         work: Work
         if isinstance(shape, BlockShape):
             work = BlockWork(*pack_blocks(parts, bucket, g, shape))
@@ -143,7 +143,7 @@ class Run:
         last_token = np.zeros(SIZES.max_running, np.int32)
         self.pages, _, x = run(
             programs.weights(self.weights), self.pages, last_token,
-            pack_step(rows, bucket, g), work,
+            pack_step(StepRows.of(rows), bucket, g), work,
         )  # fmt: skip
         return np.asarray(x)[: sum(row.length for row in rows)]
 

@@ -92,8 +92,9 @@ def poison_adapter(engine: Engine, name: str) -> None:
 def poison_free_pages(engine: Engine) -> None:
     def write() -> None:
         held = {0}
-        for sequence in engine.core.scheduler.running:
-            held |= {*sequence.pages}
+        rows = engine.core.scheduler.rows
+        for slot in rows.slots:
+            held |= {*rows.pages(slot)}
         for resident in engine.core.residency.residents.values():
             held |= {*resident.placement.pages}
         poison(engine, [p for p in range(engine.stats().pages_total + 1) if p not in held])
@@ -191,7 +192,7 @@ def test_a_poisoned_page_fails_its_sequence_alone(engine: Engine, sound: Engine)
 
     def hit() -> str:
         victim = next(s for s in engine.core.scheduler.running if s.request.adapter == "r1")
-        poison(engine, victim.pages[:1])
+        poison(engine, engine.core.scheduler.rows.pages(victim.slot)[:1])
         return victim.request.id
 
     victim = asked.ids.index(engine.core.run_on_engine(hit))

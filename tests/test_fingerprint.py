@@ -12,6 +12,7 @@ import pytest
 from engine_helpers import Ask, small_engine, tokens_of
 from fingerprint import ALARMS, CONFIG, FAMILIES, IDS, LENGTH, token
 
+from jslora.batch import StepRows
 from jslora.engine import Engine
 from jslora.request import SamplingParams
 from jslora.schedule.scheduler import Plan
@@ -95,7 +96,7 @@ def test_keys_written_under_another_adapter_raise_an_alarm(
 
     def change(plan: Plan) -> Plan:
         rows = [row._replace(placement=foreign) if row.position == 0 else row for row in plan.rows]
-        return dataclasses.replace(plan, rows=rows)
+        return dataclasses.replace(plan, rows=StepRows.of(rows))
 
     interfere(engine, monkeypatch, change)
     (found,) = tokens_of(engine, [Ask(PROMPT, greedy(3), mine)])
@@ -131,9 +132,8 @@ def test_a_page_that_was_not_written_or_is_another_prompts_raises_an_alarm(
 
     def change(plan: Plan) -> Plan:
         rows = plan.rows
-        if len(rows) == 2 and all(row.position >= 16 for row in rows):
-            strange = 0 if page == "zeros" else rows[0].pages[0]
-            rows[1] = rows[1]._replace(pages=[strange, *rows[1].pages[1:]])
+        if len(rows) == 2 and all(rows.position >= 16):
+            rows.table[1, 0] = 0 if page == "zeros" else rows.table[0, 0]
         return plan
 
     interfere(engine, monkeypatch, change)

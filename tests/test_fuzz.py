@@ -11,7 +11,7 @@ from fuzz_world import World, Wrong
 from jslora.adapters.host import HostTier
 from jslora.memory.prefix import PrefixCache, root_key
 from jslora.memory.residency import Residency
-from jslora.schedule import scheduler
+from jslora.schedule.running import Running
 from jslora.schedule.scheduler import Scheduler
 from jslora.schedule.sequence import Sequence
 
@@ -85,23 +85,21 @@ def stale_placements(patch: Patch) -> None:
 
 def published_early(patch: Patch) -> None:
     """Pages are published when their step is dispatched, and stay so when it fails."""
-    make_plan = scheduler.make_plan
-    schedulers: list[Scheduler] = []
-    plan = Scheduler.plan
+    plan, planned = Scheduler.plan, Running.plan
 
     def planning(self: Scheduler) -> Any:
-        schedulers[:] = [self]
+        self.rows.scheduler = self  # type: ignore[attr-defined]
         return plan(self)
 
-    def publishing(planned: list, *arguments: Any) -> Any:
-        made = make_plan(planned, *arguments)
-        for sequence, _ in planned:
-            known = min(sequence.computed, len(sequence.tokens))
-            schedulers[0]._publish(sequence, known // schedulers[0].limits.page_size)
+    def publishing(self: Running, *arguments: Any) -> Any:
+        made = planned(self, *arguments)
+        for sequence, end in zip(made.sequences, made.rows.end, strict=True):
+            known = min(int(end), len(sequence.tokens))
+            self.scheduler._publish(sequence, known)  # type: ignore[attr-defined]
         return made
 
     patch.setattr(Scheduler, "plan", planning)
-    patch.setattr(scheduler, "make_plan", publishing)
+    patch.setattr(Running, "plan", publishing)
     patch.setattr(PrefixCache, "clear", lambda self: None)
 
 

@@ -109,7 +109,7 @@ class _World:
         self._names = list(ranks)
         self._store = SyntheticStore(ranks, model, numbers, size.pages - 2, self._time)
         limits = Limits(
-            size.rows, 512, size.waiting + size.rows, 2**40, model.max_positions, _PAGE,
+            size.rows, 512, 4 * (size.waiting + size.rows), 2**40, model.max_positions, _PAGE,
             model.vocab_size, (END,),
         )  # fmt: skip
         self.scheduler = Scheduler(limits, room, self._store, section, self._time)

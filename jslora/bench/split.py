@@ -7,6 +7,8 @@ only what is theirs. Host only: no jax.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
+
 from jslora.memory.prefix import PrefixCache
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
@@ -17,8 +19,8 @@ class SplitRoom(Room):
     """`pages` and `prefix` are those of KV; `residency` has an allocator of its own."""
 
     def take(self, n: int, keep: Collection[str] = ()) -> list[int] | None:
-        while self.pages.free < n and self.prefix.idle:
-            self.prefix.evict()
+        if self.pages.free < n:
+            self.prefix.evict(self.prefix.leaving(n - self.pages.free, np.inf))
         return self.pages.take(n)
 
     def take_free_run(self, n: int) -> list[int] | None:

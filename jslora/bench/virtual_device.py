@@ -64,22 +64,25 @@ class VirtualDevice:
         tokens = self._tokens[:n]
         if lengths:
             tokens = tokens.copy()
-            for b, (row, sequence) in enumerate(zip(plan.rows, plan.sequences, strict=True)):
-                done = row.position + row.length - sequence.prompt_length
-                if row.samples and done >= lengths.get(sequence.request.id, done + 1):
+            ends = zip(plan.rows.end.tolist(), plan.rows.samples.tolist(), strict=True)
+            for b, (sequence, (end, samples)) in enumerate(zip(plan.sequences, ends, strict=True)):
+                done = end - sequence.prompt_length
+                if samples and done >= lengths.get(sequence.request.id, done + 1):
                     tokens[b] = END
         return Results(tokens, self._finite[:n], no_logprob, {})
 
     def _work(self, plan: Plan) -> Work:
         work, seen = Work(), set()
-        for row in plan.rows:
-            tokens = row.length
-            work.add(tokens, row.position)
-            if row.placement is not None:
-                numbers = self._numbers_of(row.placement)
+        rows = plan.rows
+        for tokens, position, placement in zip(
+            rows.length.tolist(), rows.position.tolist(), rows.placements, strict=True
+        ):
+            work.add(tokens, position)
+            if placement is not None:
+                numbers = self._numbers_of(placement)
                 work.lora_products += tokens * numbers
-                if row.placement.digest not in seen:
-                    seen.add(row.placement.digest)
+                if placement.digest not in seen:
+                    seen.add(placement.digest)
                     work.adapter_numbers += numbers
         work.adapters = len(seen)
         return work

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jslora.aot.cases import MODELS
-from jslora.batch import Bucket, Placement, RowPlan, Segment, int_fields, pack_step, views
+from jslora.batch import Bucket, Placement, RowPlan, Segment, StepRows, int_fields, pack_step, views
 from jslora.bench import floor
 from jslora.blocks import pack_blocks
 from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
@@ -222,7 +222,7 @@ def pack_work(parts: Seq[Segment], bucket: Bucket, catalog: Catalog) -> Work:
 
 def pack_rows(plans: Seq[RowPlan], bucket: Bucket, catalog: Catalog) -> Rows:
     """What attention walks, on the device."""
-    packed = pack_step(plans, bucket, catalog.geometry)
+    packed = pack_step(StepRows.of(plans), bucket, catalog.geometry)
     at = views(packed, int_fields(bucket, catalog.geometry))
     fields = ("block_table", "context", "start", "length", "parts", "items", "item_count")
     return Rows(*jax.device_put(tuple(at[name] for name in fields)))

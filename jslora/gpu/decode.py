@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jslora import sampling
-from jslora.batch import Bucket, RowPlan, pack_sampling, pack_step
+from jslora.batch import Bucket, RowPlan, StepRows, pack_sampling, pack_step
 from jslora.bench import floor
 from jslora.gpu import gaps
 from jslora.gpu.cases import (
@@ -140,8 +140,8 @@ def _calls(plan: Plan, catalog: Catalog, rows: list[RowPlan], behind: int) -> di
     with ThreadPoolExecutor(COMPILE_THREADS) as pool:
         off = Step(without_lora(catalog), bucket, pool)
         on = Step(catalog, bucket, pool)
-    packed = pack_step(rows, bucket, catalog.geometry)
-    sampled = pack_sampling(rows, bucket.rows, plan.step_rows)
+    packed = pack_step(StepRows.of(rows), bucket, catalog.geometry)
+    sampled = pack_sampling(StepRows.of(rows), bucket.rows, plan.step_rows)
     idle = pack_work([], bucket, catalog)
     calls: dict[str, Call] = {
         OFF: partial(off, device, packed, sampled, pack_work([], bucket, without_lora(catalog))),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jslora.aot import saved
-from jslora.batch import RowPlan, pack_step
+from jslora.batch import RowPlan, StepRows, pack_step
 from jslora.gpu import oracle
 from jslora.gpu.cases import (
     LLAMA3_8B,
@@ -105,7 +105,7 @@ def real_arguments(catalog: Catalog, lora: bool) -> tuple[Any, ...]:
         catalog.programs.weights(leaves),
         random_pool(catalog.pool_rows, catalog),
         jnp.zeros(sizes.max_running, jnp.int32),
-        jax.device_put(pack_step(rows, bucket, catalog.geometry)),
+        jax.device_put(pack_step(StepRows.of(rows), bucket, catalog.geometry)),
         pack_work(parts, bucket, catalog),
     )
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 
 class PageAllocator:
@@ -62,9 +63,9 @@ class PageAllocator:
         """Of each page, whether anything holds it; page 0 counts as held."""
         return self._count[:-1] != 0
 
-    def holders(self, page: int) -> int:
-        """How many hold a page."""
-        return int(self._count[page])
+    def count(self, pages: Sequence[int]) -> Int32[np.ndarray, " n"]:
+        """How many hold each of some pages."""
+        return self._count[list(pages)]
 
     def share(self, pages: Iterable[int]) -> None:
         """Count one more holder of each page."""

@@ -16,7 +16,8 @@ import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,13 +32,17 @@ def root_key(digest: str, tenant: str, salt: str) -> bytes:
     return hashlib.blake2b(json.dumps([digest, tenant, salt]).encode(), digest_size=32).digest()
 
 
-def next_key(key: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of the page that holds `tokens` behind the page of `key`."""
-    return hashlib.blake2b(key + array("i", tokens).tobytes(), digest_size=32).digest()
+def next_keys(key: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """The keys of the full pages that hold `tokens` behind the page of `key`."""
+    data, found = array("i", tokens).tobytes(), []
+    size = len(data) // len(tokens) * page_size
+    for at in range(0, len(data) - size + 1, size):
+        key = hashlib.blake2b(key + data[at : at + size], digest_size=32).digest()
+        found.append(key)
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     key: bytes
     page: int
     digest: str
@@ -95,11 +100,11 @@ class PrefixCache:
     def release(self, pages: Sequence[int]) -> None:
         """Hold pages once less; a published one stays, idle if nobody else holds it."""
         self._pages.release(pages)
-        for page in reversed(pages):
-            entry = self._by_page.get(page)
-            if entry is not None and self._pages.holders(page) == 1:
-                self._idle[page] = entry
-                self.since[page] = self._clock.tick()
+        by_page, alone = self._by_page, self._pages.count(pages) == 1
+        idle = [p for p, once in zip(pages, alone.tolist(), strict=True) if once and p in by_page]
+        for page in reversed(idle):
+            self._idle[page] = by_page[page]
+            self.since[page] = self._clock.tick()
 
     @property
     def idle(self) -> int:
@@ -117,36 +122,46 @@ class PrefixCache:
             return self.worth(float(self.since[page]))
         return np.inf
 
-    def evict(self, page: int | None = None) -> None:
-        """Free an idle page; by default the one of least worth."""
-        page = next(iter(self._idle)) if page is None else page
-        self._clock.advance(self.worth(float(self.since[page])))
-        self.kind.evicted()
-        self.evictions += 1
-        self._forget(self._idle[page])
+    def evict(self, pages: Sequence[int]) -> None:
+        """Free idle pages, one after the other."""
+        self._clock.advance(float(self._worths(pages).max(initial=0.0)))
+        self.kind.evicted(len(pages))
+        self.evictions += len(pages)
+        self._forget([self._idle[page] for page in pages])
+
+    def leaving(self, most: int, worth: float) -> list[int]:
+        """Idle pages that are worth no more than `worth`, least first, `most` at most."""
+        first = list(islice(self._idle, most))
+        dear = np.flatnonzero(self._worths(first) > worth)
+        return first[: dear[0]] if len(dear) else first
+
+    def _worths(self, pages: Sequence[int]) -> np.ndarray:
+        """What pages are worth when each is evicted right after those before it."""
+        return self.since[list(pages)] + self.kind.falling(len(pages))
 
     def drop(self, digest: str) -> None:
         """Forget what was computed with an adapter that is gone."""
-        for entry in [entry for entry in self._entries.values() if entry.digest == digest]:
-            self._forget(entry)
+        self._forget([entry for entry in self._entries.values() if entry.digest == digest])
 
     def clear(self) -> None:
         """The pool was lost: nothing is known any more."""
-        for entry in list(self._entries.values()):
-            self._forget(entry)
+        self._forget(list(self._entries.values()))
 
     def held(self) -> Iterator[list[int]]:
         """What the cache holds, for the ledger."""
         yield list(self._by_page)
 
-    def _forget(self, entry: _Entry) -> None:
-        del self._entries[entry.key], self._by_page[entry.page]
-        self._idle.pop(entry.page, None)
-        self.since[entry.page] = np.inf
-        self._pages.release([entry.page])
+    def _forget(self, entries: Sequence[_Entry]) -> None:
+        for key, page, _ in entries:
+            del self._entries[key], self._by_page[page]
+            self._idle.pop(page, None)
+        pages = [entry.page for entry in entries]
+        self.since[pages] = np.inf
+        self._pages.release(pages)
 
     def check(self) -> None:
         """Assert that the idle pages are those that only the cache holds."""
-        alone = {page for page in self._by_page if self._pages.holders(page) == 1}
+        pages = [*self._by_page]
+        alone = {pages[i] for i in np.flatnonzero(self._pages.count(pages) == 1)}
         assert alone == self._idle.keys(), f"idle pages {sorted(alone ^ self._idle.keys())[:10]}"
         assert alone == set(np.flatnonzero(self.since < np.inf).tolist()), "since disagrees"

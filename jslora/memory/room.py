@@ -34,13 +34,16 @@ class Room:
         if not self._within_reach(n, keep):
             return None
         leaving, adapter = self.residency.idle(keep), None
-        while self.pages.free < n:
-            cached = self.prefix.least
-            if cached > self.residency.least:  # else none has to be looked for
+        while (need := n - self.pages.free) > 0:
+            worth = self.residency.least
+            if self.prefix.least > worth:  # else none has to be looked for
                 adapter = adapter or next(leaving, None)
-            if adapter is None or cached <= self.residency.worth(adapter.since):
-                self.prefix.evict()
+                worth = self.residency.worth(adapter.since) if adapter else np.inf
+            cached = self.prefix.leaving(need, worth)
+            if cached:
+                self.prefix.evict(cached)
             else:
+                assert adapter is not None, f"{need} pages lack that were within reach"
                 self.residency.evict(adapter)
                 adapter = None
         return self.pages.take(n)
@@ -76,9 +79,8 @@ class Room:
             return None
         for resident in self.residency.among(range(first, first + n)):
             self.residency.evict(resident)
-        for page in range(first, first + n):
-            if self.prefix.since[page] < np.inf:
-                self.prefix.evict(page)
+        idle = first + np.flatnonzero(self.prefix.since[first : first + n] < np.inf)
+        self.prefix.evict(idle.tolist())
         return first
 
     def _costs(self, keep: Collection[str]) -> np.ndarray:

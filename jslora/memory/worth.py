@@ -52,8 +52,17 @@ class Kind:
     def reused(self) -> None:
         self.chance += _SLOWNESS * (1 - self.chance)
 
-    def evicted(self) -> None:
-        self.chance -= _SLOWNESS * self.chance
+    def evicted(self, n: int = 1) -> None:
+        for _ in range(n):
+            self.chance -= _SLOWNESS * self.chance
+
+    def falling(self, n: int) -> np.ndarray:
+        """What `saved` is before each of the next `n` evictions, (n,)."""
+        found, chance = [], self.chance
+        for _ in range(n):
+            found.append(chance * self.seconds)
+            chance -= _SLOWNESS * chance
+        return np.array(found)
 
     def took(self, seconds: float) -> None:
         """Note how long restoring one unit took; the first measurement replaces the guess."""

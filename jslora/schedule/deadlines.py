@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jslora.schedule.queue import Waiting
+from jslora.schedule.queue import Rows, Waiting
 from jslora.schedule.sequence import Sequence
 
 _DEVIATIONS = 3.0
@@ -68,7 +68,7 @@ class Deadlines:
         """Whether more arrive than start."""
         return self._arrivals.value(now) > self._starts.value(now)
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         order = waiting.column("order")[rows]
         return -order if self.overloaded(now) else order
 

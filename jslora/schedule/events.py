@@ -5,7 +5,6 @@ Host only: no jax.
 
 import math
 
-from jslora.batch import RowPlan
 from jslora.errors import CorruptOutput, JsloraError
 from jslora.request import ErrorInfo, SamplingParams, TokenEvent, TokenLogprob
 from jslora.schedule.plan import Results
@@ -13,39 +12,21 @@ from jslora.schedule.sequence import Sequence
 
 
 def news(
-    sequence: Sequence, row: RowPlan, b: int, token: int, finite: bool, results: Results,
+    sequence: Sequence, b: int, token: int, finite: bool, samples: bool, results: Results,
     eos: tuple[int, ...],
-) -> TokenEvent | None:  # fmt: skip
+) -> TokenEvent:  # fmt: skip
     """What row `b` of a step, and the token it drew, mean for its request.
 
-    None where it only got further. A token that does not end the sequence is appended to it.
+    Where the row drew none, its prompt was all that was asked about. A token that does not end the
+    sequence is appended to it.
     """
-    tokens, params = sequence.tokens, sequence.request.params
-    generated = len(tokens) - sequence.prompt_length + 1
-    if row.samples and finite and 1 < generated < params.max_tokens and params.logprobs is None:
-        # As most are.
-        if not _ends(token, generated, params, eos):
-            tokens.append(token)
-            return TokenEvent(sequence.request.id, (token,))
-        return TokenEvent(sequence.request.id, (), (), "stop", token)
-    return _rare_news(sequence, row, b, token, finite, results, eos)
-
-
-def _rare_news(
-    sequence: Sequence, row: RowPlan, b: int, token: int, finite: bool, results: Results,
-    eos: tuple[int, ...],
-) -> TokenEvent | None:  # fmt: skip
-    """The first, the last, a failure, or one with logprobs."""
     request, params = sequence.request, sequence.request.params
-    scored = params.max_tokens == 0 and row.position + row.length == sequence.prompt_length
-    if not (row.samples or scored):
-        return None
     begins = sequence.generated == 0
     prompt_logprobs = _prompt_scores(sequence) if begins else None
     cached = sequence.cached if begins else 0
-    if not (_all_finite(prompt_logprobs) and (scored or finite)):
+    if not (_all_finite(prompt_logprobs) and (finite or not samples)):
         return failure(sequence, CorruptOutput("the model's output is not finite"))
-    if scored:
+    if not samples:
         return TokenEvent(
             id=request.id, finish_reason="length",
             prompt_logprobs=prompt_logprobs, cached_tokens=cached,

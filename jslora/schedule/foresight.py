@@ -9,7 +9,6 @@ Host only: no jax.
 """
 
 import copy
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +18,7 @@ from jslora.request import Request
 from jslora.schedule.ahead import Ahead
 from jslora.schedule.lengths import Lengths
 from jslora.schedule.reserve import Future
+from jslora.schedule.running import Running
 from jslora.schedule.sequence import Sequence
 
 _OFTEN = 32
@@ -36,13 +36,12 @@ class Foresight:
         self.ahead, self.page_size, self._room = ahead, page_size, room
         self._lengths = None if isinstance(reserve, str) else Lengths(reserve)
 
-    def expected(self, sequence: Sequence) -> int:
-        """Tokens that its answer is expected to have, more than were drawn."""
-        request, most = sequence.request, sequence.request.params.max_tokens
+    def expected(self, request: Request, drawn: int) -> int:
+        """Tokens that an answer is expected to have, more than the `drawn` ones."""
+        most = request.params.max_tokens
         if self._lengths is None or _told(request):
             return most
-        drawn = min(sequence.generated + sequence.pending, most)
-        return self._lengths.expected(request.adapter or "", drawn, most)
+        return self._lengths.expected(request.adapter or "", min(drawn, most), most)
 
     def ended(self, sequence: Sequence, *, cut: bool) -> None:
         """Learn from an answer's end; `cut` if it would have been longer."""
@@ -50,31 +49,30 @@ class Foresight:
             name = sequence.request.adapter or ""
             self._lengths.ended(name, sequence.generated, cut=cut)
 
-    def future(self, running: Seq[Sequence]) -> Future:
+    def future(self, running: Running) -> Future:
         """What running sequences will come to hold."""
-        held, more = [], []
-        for sequence in running:
-            now = len(sequence.tokens) + sequence.pending
-            left = sequence.prompt_length + sequence.expected - now
-            if left <= 0 or now % _OFTEN == 0:  # more may be known by now
-                sequence.expected = self.expected(sequence)
-                left = self.left(sequence)
-            held.append(now - sequence.given * self.page_size)
-            more.append(left)
-        return Future(np.array(held, int), np.array(more, int), self.page_size)
+        slots = running.slots
+        now = running.known[slots] + running.pending[slots]
+        drawn = now - running.prompt[slots]
+        again = slots[(drawn >= running.expected[slots]) | (now % _OFTEN == 0)]
+        for slot, sequence in zip(again, running.at(again), strict=True):  # more may be known
+            done = int(running.known[slot] + running.pending[slot] - running.prompt[slot])
+            running.expected[slot] = self.expected(sequence.request, done)
+        left = np.maximum(running.expected[slots] - drawn, 0)
+        return Future(now - running.given[slots] * self.page_size, left, self.page_size)
 
-    def outlook(self, future: Future, running: Seq[Sequence]) -> "Outlook":
+    def outlook(self, future: Future, running: Running) -> "Outlook":
         """The future of those that run, which is left as it is, beside what else takes pages."""
         adapters, counted = self.ahead.held()
         spare = self._room.pages.total - 1 - adapters - self._given(running)
-        return Outlook(self, copy.copy(future), spare, counted, bool(running), future.peak)
+        return Outlook(self, copy.copy(future), spare, counted, len(running) > 0, future.peak)
 
-    def _given(self, running: Seq[Sequence]) -> int:
+    def _given(self, running: Running) -> int:
         """Pages that rows were given by the prefix cache and that no row counts as its own."""
         pages, prefix, residency = self._room.pages, self._room.prefix, self._room.residency
         if not prefix.enabled:
             return 0
-        own = sum(len(sequence.pages) - sequence.given for sequence in running)
+        own = int((running.held[running.slots] - running.given[running.slots]).sum())
         return max(0, pages.total - 1 - pages.free - prefix.idle - residency.pages_held - own)
 
     def shared(self, sequence: Sequence) -> int:
@@ -84,13 +82,6 @@ class Foresight:
             return 0
         most = (len(sequence.tokens) - 1) // self.page_size
         return self._room.prefix.in_use(sequence.keys(most, self.page_size))
-
-    def left(self, sequence: Sequence) -> int:
-        """Tokens that are expected to come of it, beside the one that is drawn already."""
-        drawn = sequence.generated + sequence.pending
-        if drawn >= sequence.expected:
-            sequence.expected = self.expected(sequence)
-        return max(sequence.expected - drawn, 0)
 
 
 @dataclass(slots=True)
@@ -117,8 +108,9 @@ class Outlook:
         foresight, digest = self._foresight, sequence.digest
         known = bool(digest) and (digest in self.counted or foresight.ahead.used(digest))
         own = 0 if known else sequence.adapter_pages
-        sequence.expected = foresight.expected(sequence)  # more may be known by now
-        held, left = len(sequence.tokens), foresight.left(sequence)
+        # More may be known by now.
+        sequence.expected = foresight.expected(sequence.request, sequence.generated)
+        held, left = len(sequence.tokens), max(sequence.expected - sequence.generated, 0)
         alone = -(-(held + left) // foresight.page_size)
         if not self.bounded or self.most + alone <= self.spare - own:
             self._loose.append((held, left))  # there is room even if all were largest at once

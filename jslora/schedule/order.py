@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jslora.schedule.queue import Waiting
+from jslora.schedule.queue import Rows, Waiting
 from jslora.schedule.sequence import Sequence
 
 
@@ -16,7 +16,7 @@ from jslora.schedule.sequence import Sequence
 class FirstCome:
     """By arrival."""
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         return waiting.column("order")[rows]
 
 
@@ -26,7 +26,7 @@ class NewestFirst:
 
     starvation: float
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         return _overdue(-waiting.column("order")[rows], waiting, rows, now - self.starvation)
 
 
@@ -36,7 +36,7 @@ class Priority:
 
     ageing: float
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         waited = now - waiting.column("since")[rows]
         return waiting.column("level")[rows] - np.floor(waited / self.ageing)
 
@@ -47,7 +47,7 @@ class ShortestFirst:
 
     starvation: float
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         return _overdue(waiting.column("work")[rows], waiting, rows, now - self.starvation)
 
 
@@ -78,7 +78,7 @@ class Cluster:
         """It does not run any more."""
         self._users[sequence.adapter] -= 1
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         running = self._users > 0
         left = max(self.bound - int(self._pages[running].sum()), 0)
         fits = running | (self._pages <= left)
@@ -86,7 +86,7 @@ class Cluster:
         return _overdue(other, waiting, rows, now - self.starvation)
 
 
-def _overdue(score: np.ndarray, waiting: Waiting, rows: np.ndarray, before: float) -> np.ndarray:
+def _overdue(score: np.ndarray, waiting: Waiting, rows: Rows, before: float) -> np.ndarray:
     """Scores that put those who wait since `before` or earlier before all others."""
     return np.where(waiting.column("since")[rows] <= before, -np.inf, score)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jslora.batch import SAMPLERS, RowPlan
+from jslora.batch import StepRows
 from jslora.request import TokenLogprob
 from jslora.schedule.sequence import Sequence
 
@@ -33,16 +33,16 @@ class Plan:
     """One step: rows sorted by adapter, their sequences, and which of them are new to their slot.
 
     Attributes:
-        lives: of each sequence, which of its lives the step belongs to.
+        lives: of each slot, which of its lives the step belongs to (`Running.life`).
         admitted: sequences whose slot must be given its counts, bias and stop ids first.
         sampler: the least of `SAMPLERS` that serves every sampled row.
         scores: (row, first position, last position) whose prompt logprobs are wanted; the logprob
             of position p comes from the activations of p - 1.
     """
 
-    rows: list[RowPlan]
+    rows: StepRows
     sequences: list[Sequence]
-    lives: list[int]
+    lives: np.ndarray
     admitted: list[Sequence]
     sampler: str
     scores: list[tuple[int, int, int]]
@@ -56,51 +56,3 @@ class Results:
     finite: np.ndarray
     logprob: Callable[[int], TokenLogprob]
     scores: dict[tuple[int, int], TokenLogprob]
-
-
-def make_plan(
-    planned: list[tuple[Sequence, int]], admitted: list[Sequence], limits: Limits
-) -> Plan:
-    """The plan that computes the next so many tokens of each sequence, which count as dispatched.
-
-    Args:
-        planned: sequences and how many of their tokens to compute, sorted by adapter.
-    """
-    rows, sequences, lives, scores, sampler = [], [], [], [], 0
-    for b, (sequence, n) in enumerate(planned):
-        row = _row(sequence, n, limits.page_size)
-        if sequence.request.params.prompt_logprobs is not None:
-            first = sequence.computed + 1
-            last = min(sequence.computed + n, sequence.prompt_length - 1)
-            if last >= first:
-                scores.append((b, first, last))
-        if row.samples:
-            sequence.pending += 1
-            sampler = max(sampler, sequence.sampler)
-        sequence.computed += n
-        rows.append(row)
-        sequences.append(sequence)
-        lives.append(sequence.life)
-    stateful = [s for s in admitted if s.draw.stateful]
-    return Plan(rows, sequences, lives, stateful, SAMPLERS[sampler], scores)
-
-
-def _row(sequence: Sequence, n: int, page_size: int) -> RowPlan:
-    first, tokens = sequence.computed, sequence.tokens
-    end, known = first + n, len(tokens)
-    assert sequence.slot is not None, f"request {sequence.request.id} runs without a slot"
-    assert (sequence.placement is None) == (sequence.registration is None), (
-        f"the adapter {sequence.digest[:12]!r} of a running sequence is not there"
-    )
-    params, pages, needed = sequence.request.params, sequence.pages, -(-end // page_size)
-    return RowPlan(
-        tokens[first:end],
-        end > known,
-        first,
-        pages[:needed],
-        sequence.slot,
-        end == known + sequence.pending and params.max_tokens > 0,
-        sequence.placement,
-        sequence.draw,
-        end - sequence.prompt_length < params.min_tokens,
-    )

@@ -6,6 +6,8 @@ keeps only what it needs of that. Host only: no jax.
 
 from collections.abc import Callable
 
+import numpy as np
+
 from jslora.schedule.deadlines import Deadlines
 from jslora.schedule.order import Cluster, FirstCome, NewestFirst, Priority, ShortestFirst
 from jslora.schedule.queue import Policy, Waiting
@@ -45,7 +47,9 @@ class Policies:
         self._by_adapter = Shares("adapter", lambda group: self._quota(group).share)
         self._cluster = Cluster(int(section.cluster_fraction * pages), section.starvation_seconds)
         self._deadlines = Deadlines(section.ttft_slo)
-        self._aborts = "slo" in section.policy
+        self._aborts, self._fair_adapters = (
+            name in section.policy for name in ("slo", "fair_adapters")
+        )
         self._stack = [self._policy(name) for name in section.policy]
         self.settles = not {"fair_tenants", "fair_adapters", "cluster", "slo"} & {*section.policy}
         """Whether a start leaves the order of the others as it was."""
@@ -110,15 +114,15 @@ class Policies:
         self._by_tenant.left(sequence.tenant)
         self._by_adapter.left(sequence.adapter)
 
-    def start(self, sequence: Sequence, now: float) -> None:
-        """It begins to run, or to run again, where `computed` says."""
+    def start(self, sequence: Sequence, computed: int, now: float) -> None:
+        """It begins to run, or to run again, with so many tokens computed already."""
         self.withdraw(sequence)
         self._by_tenant.started(sequence.tenant)
         self._by_adapter.started(sequence.adapter)
         self._cluster.started(sequence)
         sequence.started = now
         if sequence.life == 0:
-            self.charge(sequence, PROMPT * (len(sequence.tokens) - sequence.computed))
+            self.charge(sequence, PROMPT * (len(sequence.tokens) - computed))
             if self._aborts and sequence.watched:
                 self._deadlines.started(now)
 
@@ -126,14 +130,16 @@ class Policies:
         """It does not run any more."""
         self._cluster.stopped(sequence)
 
-    def generated(self, sequences: list[Sequence], now: float) -> None:
-        """A token of each was read."""
-        self._by_tenant.charge_all([s.tenant for s in sequences], GENERATED)
-        self._by_adapter.charge_all([s.adapter for s in sequences], GENERATED)
+    def generated(self, tenants: np.ndarray, adapters: np.ndarray) -> None:
+        """A token of each of these, by number, was read."""
+        self._by_tenant.charge_all(tenants, GENERATED)
+        if self._fair_adapters:
+            self._by_adapter.charge_all(adapters, GENERATED)
+
+    def answered(self, sequence: Sequence, now: float) -> None:
+        """Its first token was read."""
         if self._aborts:
-            for sequence in sequences:
-                if sequence.generated == 1:
-                    self._deadlines.answered(now - sequence.started)
+            self._deadlines.answered(now - sequence.started)
 
     def charge(self, sequence: Sequence, tokens: float) -> None:
         """Its tenant and its adapter were served so many weighted tokens."""

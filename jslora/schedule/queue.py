@@ -24,10 +24,14 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+Rows = np.ndarray | slice
+"""Rows of the table; a slice, of all of them, is read without a copy."""
+
+
 class Policy(Protocol):
     """One way to order those who wait."""
 
-    def score(self, waiting: "Waiting", rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: "Waiting", rows: Rows, now: float) -> np.ndarray:
         """Of each of `rows`; the lowest go first."""
 
 
@@ -91,19 +95,28 @@ class Waiting:
     def front(self, k: int, policies: Seq[Policy], now: float) -> list[Sequence]:
         """The `k` that go first, in order."""
         found = self._resumed[:k]
-        rows = self._first(np.arange(len(self._rows)), k - len(found), policies, now)
+        rows = self._first(slice(len(self._rows)), k - len(found), policies, now)
         return found + [self._rows[row] for row in rows]
 
-    def _first(self, rows: np.ndarray, k: int, policies: Seq[Policy], now: float) -> np.ndarray:
+    def _first(self, rows: Rows, k: int, policies: Seq[Policy], now: float) -> np.ndarray:
         """The first `k` of `rows`: who is surely among them, then the best of those who tie."""
-        if k <= 0 or not len(rows):
-            return rows[:0]
-        order = self.column("order")
-        if k >= len(rows):
+        order = self.column("order")[rows]
+        if k <= 0:
+            return np.arange(0)
+        if k >= len(order):
             scores = [policy.score(self, rows, now) for policy in policies]
-            return rows[np.lexsort([order[rows], *reversed(scores)])]
-        score = policies[0].score(self, rows, now) if policies else order[rows]
+            return _pick(rows, np.lexsort([order, *reversed(scores)]))
+        score = policies[0].score(self, rows, now) if policies else order
         edge = np.partition(score, k - 1)[k - 1]
-        sure, ties = rows[score < edge], rows[score == edge]
-        first = self._first(sure, len(sure), policies, now)
-        return np.concatenate([first, self._first(ties, k - len(sure), policies[1:], now)])
+        near = np.flatnonzero(score <= edge)
+        sure = score[near] < edge
+        best = _pick(rows, near[sure])
+        all_tie = len(near) == len(score) and not len(best)
+        ties = rows if all_tie else _pick(rows, near[~sure])
+        first = self._first(best, len(best), policies, now)
+        return np.concatenate([first, self._first(ties, k - len(best), policies[1:], now)])
+
+
+def _pick(rows: Rows, which: np.ndarray) -> np.ndarray:
+    """Some of the rows, by their place among them."""
+    return which if isinstance(rows, slice) else rows[which]

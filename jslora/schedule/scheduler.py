@@ -10,15 +10,15 @@ prefix cache still has it. A plan may count on tokens that the host has not read
 back on the device), so a sequence is preempted only once its own are read. Host only: no jax.
 
 Invariants: after every commit, the pages listed by sequences, the prefix cache and adapters are
-exactly those in use; a sequence has a slot and holds its adapter if and only if it runs; `running`
-is sorted by adapter, so that the rows of a plan are.
+exactly those in use; a sequence has a slot and holds its adapter if and only if it runs.
 """
 
 import secrets
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import compress, count
+
+import numpy as np
 
 from jslora.adapters.registration import Registration
 from jslora.adapters.store import AdapterStore
@@ -30,12 +30,14 @@ from jslora.schedule.admission import check, check_queue
 from jslora.schedule.ahead import Ahead
 from jslora.schedule.events import failure, news
 from jslora.schedule.foresight import Foresight, Outlook
+from jslora.schedule.growth import Growth
 from jslora.schedule.pace import Pace
-from jslora.schedule.plan import Limits, Plan, Results, make_plan
+from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.policies import Policies
 from jslora.schedule.queue import Waiting
 from jslora.schedule.rates import Rates
 from jslora.schedule.reserve import Future
+from jslora.schedule.running import Running, Slots
 from jslora.schedule.sequence import Sequence
 from jslora.schedule.settings import SchedulerSection
 
@@ -59,7 +61,7 @@ class Scheduler:
         self.limits, self.room, self.store = limits, room, store
         self._section = section
         self.policies = Policies(section, room.pages.total)
-        self.running: list[Sequence] = []
+        self.rows = Running(limits)
         self.preemptions = self.corrupt = self.prompt_tokens = self.generated_tokens = 0
         self.too_late = self.rate_limited = 0
         self.asked_tokens = self.hit_tokens = 0  # of the prefix cache
@@ -67,11 +69,16 @@ class Scheduler:
         self._ahead = Ahead(limits, room, store, self._loading)
         self._foresight = Foresight(self._ahead, room, limits.page_size, section.reserve)
         self._rates, self._pace = Rates(section.tenants, section.adapters), Pace(section.itl_target)
-        self._slots = list(range(limits.max_running - 1, -1, -1))
+        self._growth = Growth(room, self._ahead, self.rows, limits.page_size)
         self._by_id: dict[str, Sequence] = {}
         self._orders = count()
         self._failed: list[TokenEvent] = []
         self._future: Future | None = None  # of those that run, in this turn
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those that run, sorted by adapter."""
+        return self.rows.sequences
 
     @property
     def waiting(self) -> Waiting:
@@ -97,7 +104,7 @@ class Scheduler:
             request, registration, secrets.randbits(64) if seed is None else seed % 2**64,
             next(self._orders), list(request.prompt),
         )  # fmt: skip
-        expected = self._foresight.expected(sequence)
+        expected = self._foresight.expected(request, 0)
         try:
             self._rates.admit(request.tenant, request.adapter, len(request.prompt), now)
         except JsloraError:
@@ -136,14 +143,13 @@ class Scheduler:
         return not self._by_id and not self._failed
 
     def check(self) -> None:
-        """Assert the page ledger (see `PageAllocator.check`), the slots and the order of rows."""
+        """Assert the page ledger (`PageAllocator.check`), and what is noted of rows and pages."""
         residents = [r.placement.pages for r in self.room.residency.residents.values()]
-        held = self.room.prefix.held()
-        self.room.pages.check([*(s.pages for s in self.running), *residents, *held])
+        tables = [self.rows.pages(slot) for slot in self.rows.slots]
+        self.room.pages.check([*tables, *residents, *self.room.prefix.held()])
         self.room.prefix.check()
-        slots = sorted([*self._slots, *(s.slot for s in self.running if s.slot is not None)])
-        assert slots == list(range(self.limits.max_running)), f"slots in use or free: {slots}"
-        assert self.running == sorted(self.running, key=_by_adapter), "rows are not sorted"
+        self.room.residency.check()
+        self.rows.check()
 
     # Ahead of their turn -------------------------------------------------------------------------
 
@@ -163,12 +169,12 @@ class Scheduler:
         self._ahead.front, self._future = self.policies.front(PREFETCH, now), None
         self._ahead.short = None
         if not self._ahead.complete(self._ahead.front):
-            for sequence, error in self._ahead.fetch(self._startable(), self._moves):
+            for sequence, error in self._ahead.fetch(self._startable(), self._growth.moves):
                 self._failed += self.fail([sequence], error)
 
     def _startable(self) -> Iterator[Sequence]:
         """Those in front that could all start now, if their adapters were here."""
-        self._future = self._foresight.future(self.running)
+        self._future = self._foresight.future(self.rows)
         outlook = self._outlook()
         for sequence in self._ahead.front:
             if not outlook.joins(sequence):
@@ -184,53 +190,57 @@ class Scheduler:
         """
         sequence.owed += version.n_pages * self.limits.page_size
 
-    @property
-    def _moves(self) -> bool:
-        """Whether a sequence or a transfer may yet free a page."""
-        return bool(self.running) or self.room.residency.loading
-
     # Planning ------------------------------------------------------------------------------------
 
     def plan(self) -> Plan | None:
         """The next step, or None if nothing can run now."""
         self._preempt_held()
-        budget = self.limits.max_step_tokens
-        decoding, prefilling = self._ready()
-        if len(decoding) > budget:
-            decoding = sorted(sorted(decoding, key=_by_arrival)[:budget], key=_by_adapter)
-        size = self.limits.page_size
-        self._grow_all([s for s in decoding if s.computed == size * len(s.pages)])
-        planned = [
-            (s, 1)
-            for s in decoding
-            if s.computed < size * len(s.pages) or self._grow(s, s.computed + 1)
-        ]
-        budget -= len(planned)
+        rows, budget = self.rows, self.limits.max_step_tokens
+        slots, wanted = rows.slots, rows.wanted()
         # Decoding rows come first, so that a prefill never delays a stream for long.
-        budget = self._pace.prefill_tokens(len(planned), budget, min(budget, self.limits.page_size))
-        for sequence in sorted(prefilling, key=_by_arrival):
-            n = min(sequence.remaining, budget)
-            if n > 0 and self._grow(sequence, sequence.computed + n):
-                insort(planned, (sequence, n), key=_row_by_adapter)
-                budget -= n
-        admitted = self._admit(budget)
+        decoding = self._decoding(slots[wanted == 1], budget)
+        budget -= len(decoding)
+        least = min(budget, self.limits.page_size)
+        budget = self._pace.prefill_tokens(len(decoding), budget, least)
+        others = self._prefills(slots[wanted > 1], budget)
+        admitted = self._admit(budget - sum(others.values()))
         for sequence in admitted:
-            n = min(sequence.remaining, budget)
-            insort(planned, (sequence, n), key=_row_by_adapter)
-            budget -= n
+            assert sequence.slot is not None, f"request {sequence.request.id} did not start"
+            left = budget - sum(others.values())
+            others[sequence.slot] = min(rows.remaining(sequence.slot), left)
         self._future = None
-        if not planned:
+        if not len(decoding) and not others:
             return None
-        return make_plan(planned, admitted, self.limits)
+        chosen, n = decoding, np.ones(len(decoding), np.int64)
+        if others:
+            chosen = np.concatenate([decoding, np.array([*others])])
+            n = np.concatenate([n, np.array([*others.values()])])
+            order = rows.sort(chosen)
+            chosen, n = chosen[order], n[order]
+        return rows.plan(chosen, n, admitted)
 
-    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
-        """Running sequences with one token to compute, and with several."""
-        decoding: list[Sequence] = []
-        prefilling: list[Sequence] = []
-        for sequence in self.running:
-            if n := sequence.wanted():
-                (decoding if n == 1 else prefilling).append(sequence)
-        return decoding, prefilling
+    def _prefills(self, slots: Slots, budget: int) -> dict[int, int]:
+        """Tokens of prefills in progress, by slot, the oldest first."""
+        rows, found = self.rows, {}
+        for slot in slots[np.argsort(rows.order[slots])].tolist():
+            n = min(rows.remaining(slot), budget)
+            if n > 0 and self._growth.grow(slot, int(rows.computed[slot]) + n):
+                found[slot] = n
+                budget -= n
+        return found
+
+    def _decoding(self, slots: Slots, budget: int) -> Slots:
+        """Of those that have one token to compute, the oldest that have room for it."""
+        rows = self.rows
+        if len(slots) > budget:
+            slots = slots[np.sort(np.argsort(rows.order[slots])[:budget])]
+        full = rows.full_pages(slots)
+        if not full.any() or self._growth.all(slots[full]):
+            return slots
+        able = ~full
+        for i in np.flatnonzero(full).tolist():
+            able[i] = self._growth.grow(int(slots[i]), int(rows.computed[slots[i]]) + 1)
+        return slots[able]
 
     def _admit(self, budget: int) -> list[Sequence]:
         """Waiting sequences that start now; the first that lacks pages holds back all others."""
@@ -238,7 +248,7 @@ class Scheduler:
         passed: set[Sequence] = set()  # whose adapters are on their way
         outlook: Outlook | None = None
         front = self._ahead.front
-        while budget > 0 and self._slots:
+        while budget > 0 and not self.rows.full:
             fresh = [s for s in front if s not in passed and s.slot is None and not s.finished]
             if not fresh:
                 break
@@ -255,12 +265,13 @@ class Scheduler:
                 if not outlook.joins(sequence) or not self._start(sequence):
                     return started
                 started.append(sequence)
-                budget -= sequence.remaining
+                budget -= self.rows.remaining(sequence.slot)
                 if self._ahead.short in passed:
                     return started  # nothing ran, so one that could was let past it
-                if not self.policies.settles or budget <= 0 or not self._slots:
+                if not self.policies.settles or budget <= 0 or self.rows.full:
                     break
-            if len(passed) >= PREFETCH + len(self._slots):
+            done = budget <= 0 or self.rows.full or len(passed) >= PREFETCH + self.rows.free
+            if done:
                 break
             front = self.policies.front(PREFETCH + 2 * len(passed), self._clock())
         return started
@@ -271,8 +282,8 @@ class Scheduler:
         return not self.running and waited < self._section.starvation_seconds
 
     def _outlook(self) -> Outlook:
-        future = self._future or self._foresight.future(self.running)
-        return self._foresight.outlook(future, self.running)
+        future = self._future or self._foresight.future(self.rows)
+        return self._foresight.outlook(future, self.rows)
 
     def _here(self, sequence: Sequence) -> bool:
         """Whether its adapter is on the device."""
@@ -286,73 +297,26 @@ class Scheduler:
             # Its last token must be computed, for what comes after it.
             most = (len(sequence.tokens) - 1) // self.limits.page_size
             known = self.room.prefix.take(sequence.keys(most, self.limits.page_size))
-        pages = self._take_first(sequence, self.limits.pages(len(sequence.tokens)) - len(known))
+        pages = self._growth.first(sequence, self.limits.pages(len(sequence.tokens)) - len(known))
         if pages is None:
             self.room.prefix.release(known)
             return False
-        sequence.pages, sequence.given, sequence.published = known + pages, len(known), len(known)
-        sequence.computed = len(known) * self.limits.page_size
-        sequence.cached = min(sequence.computed, sequence.prompt_length)
+        computed = len(known) * self.limits.page_size
+        sequence.cached = min(computed, sequence.prompt_length)
         self.asked_tokens += sequence.prompt_length
         self.hit_tokens += sequence.cached
-        sequence.slot = self._slots.pop()
         if sequence.registration:
             sequence.placement = self.room.residency.acquire(sequence.digest)
-        self.policies.start(sequence, self._clock())
+        self.policies.start(sequence, computed, self._clock())
         self._ahead.remove(sequence.registration)
-        insort(self.running, sequence, key=_by_adapter)
+        self.rows.add(sequence, known + pages, len(known))
         return True
-
-    def _take_first(self, sequence: Sequence, need: int) -> list[int] | None:
-        """Pages for a sequence that starts."""
-        pages = self.room.pages.take(need)
-        if pages is None:
-            pages = self.room.take(need, self._ahead.kept() | {sequence.digest})
-        if pages is None and not self._moves:  # nothing else will ever free a page for it
-            pages = self.room.take(need, {sequence.digest})
-        return pages
-
-    def _grow_all(self, sequences: list[Sequence]) -> None:
-        """Give running sequences a page each, if there are enough without hurting anybody."""
-        need = len(sequences)
-        pages = self.room.pages.take(need)
-        if pages is None:
-            pages = self.room.take(need, self._spared())
-        for sequence, page in zip(sequences, pages or (), strict=False):
-            sequence.pages.append(page)
-
-    def _spared(self) -> set[str]:
-        """Adapters that leave only if nothing else can: those waited for, and pinned ones."""
-        return self._ahead.digests() | self.room.residency.pinned
-
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give a running sequence pages for so many tokens; False if it must wait for them."""
-        need = self.limits.pages(tokens) - len(sequence.pages)
-        if need <= 0:
-            return True
-        more = self.room.pages.take(need)
-        alone = len(self.running) == 1
-        if more is None:
-            more = self.room.take(need, self._spared())
-        if more is None:
-            more = self.room.take(need, () if alone else self._ahead.kept())
-        if more is None:
-            if not alone:  # else an adapter is on its way, and can leave when it is here
-                self._make_way()
-            return False
-        sequence.pages += more
-        return True
-
-    def _make_way(self) -> None:
-        """Choose who will be preempted: the youngest, once its sampled token was read."""
-        if not any(sequence.hold for sequence in self.running):
-            max(self.running, key=_by_arrival).hold = True
 
     def _preempt_held(self) -> None:
-        held = [s for s in self.running if s.hold and not s.pending]
+        rows, slots = self.rows, self.rows.slots
+        held = rows.at(slots[rows.hold[slots] & (rows.pending[slots] == 0)])
         for sequence in held:
             self._stop(sequence)
-            sequence.computed, sequence.hold = 0, False
             sequence.scores.clear()
             self.preemptions += 1
             self.policies.requeue(sequence)
@@ -365,57 +329,80 @@ class Scheduler:
 
     def commit(self, plan: Plan, results: Results) -> list[TokenEvent]:
         """Take in what a step produced; the news for its requests."""
-        events, now = self.failures(), self._clock()
+        events, now, running = self.failures(), self._clock(), self.rows
+        rows, slots, eos = plan.rows, plan.rows.slot, self.limits.eos_token_ids
+        live = running.life[slots] == plan.lives
+        running.pending[slots[live & rows.samples]] -= 1
         for (b, position), score in results.scores.items():
             plan.sequences[b].scores[position] = score
-        tokens, finite = results.tokens.tolist(), results.finite.tolist()
-        size, eos = self.limits.page_size, self.limits.eos_token_ids
-        drawn: list[Sequence] = []
-        over: list[tuple[Sequence, bool]] = []
-        for b, (row, sequence) in enumerate(zip(plan.rows, plan.sequences, strict=True)):
-            sequence.pending -= row.samples
-            if sequence.finished:
-                continue
-            pages = (row.position + row.length) // size
-            if pages > sequence.published and finite[b] and sequence.life == plan.lives[b]:
-                self._publish(sequence, pages)
-            first = len(sequence.tokens) == sequence.prompt_length
-            event = news(sequence, row, b, tokens[b], finite[b], results, eos)
-            if event is None:
-                continue
+        good = live & results.finite
+        for b in running.done(rows, good):
+            self._publish(plan.sequences[b], min(rows.end[b], running.prompt[slots[b]]))
+        usual = good & running.usual(rows, results.tokens, eos)
+        chosen = [*compress(plan.sequences, usual.tolist())]
+        tokens = results.tokens[usual].tolist()
+        for sequence, token in zip(chosen, tokens, strict=True):
+            sequence.tokens.append(token)
+        events += [TokenEvent(s.request.id, (t,)) for s, t in zip(chosen, tokens, strict=True)]
+        running.known[slots[usual]] += 1
+        self._drawn(chosen, now)
+        rare = live & ~usual & (rows.samples | (rows.end == running.whole[slots]))
+        for b in np.flatnonzero(rare).tolist():
+            event = self._commit_rare(plan, b, results, now)
             events.append(event)
-            if event.tokens:
-                drawn.append(sequence)
-            if event.error is not None:
-                self.corrupt += 1
-            elif first:
-                self.prompt_tokens += sequence.prompt_length
-            if event.last:
-                over.append((sequence, event.finish_reason != "stop"))
+            usual[b] = bool(event.tokens)
+        drawn = slots[usual]  # columns of those that ended are there still
         self.generated_tokens += len(drawn)
-        self.policies.generated(drawn, now)
-        if self._rates.limits:
-            for request in (sequence.request for sequence in drawn):
-                self._rates.generated(request.tenant, request.adapter, 1, now)
-        for sequence, cut in over:
-            self._finish(sequence, cut=cut)
+        self.policies.generated(running.tenant[drawn], running.adapter[drawn])
         return events
+
+    def _commit_rare(self, plan: Plan, b: int, results: Results, now: float) -> TokenEvent:
+        """A row's first token, its last, one with logprobs, or a failure."""
+        sequence, slots, running = plan.sequences[b], plan.rows.slot[b : b + 1], self.rows
+        first = not sequence.generated
+        event = news(
+            sequence, b, int(results.tokens[b]), bool(results.finite[b]),
+            bool(plan.rows.samples[b]), results, self.limits.eos_token_ids,
+        )  # fmt: skip
+        if event.tokens:
+            running.known[slots] += 1
+            self._drawn([sequence], now)
+            if first:
+                self.policies.answered(sequence, now)
+        if event.error is not None:
+            self.corrupt += 1
+            running.written[slots] = 0  # what led to it is given to nobody
+        elif first:
+            self.prompt_tokens += sequence.prompt_length
+        if event.last:
+            self._finish(sequence, cut=event.finish_reason != "stop")
+        return event
+
+    def _drawn(self, sequences: Iterable[Sequence], now: float) -> None:
+        """A token of each was read, which counts where there are limits."""
+        if self._rates.limits:
+            for request in (sequence.request for sequence in sequences):
+                self._rates.generated(request.tenant, request.adapter, 1, now)
 
     def took(self, plan: Plan, seconds: float) -> None:
         """Learn what a step takes, and computing a page, from steps that mostly do that."""
-        tokens, rows = sum(row.length for row in plan.rows), len(plan.rows)
+        rows = len(plan.rows)
+        tokens = int(plan.rows.length.sum())
         self._pace.took(tokens, rows, seconds)
         if tokens >= 2 * rows:
             self.room.prefix.kind.took(seconds * self.limits.page_size / tokens)
 
-    def _publish(self, sequence: Sequence, pages: int) -> None:
-        """Offer the prefix cache the first pages, which a completed step filled."""
-        if not self.room.prefix.enabled:
-            return
-        keys = sequence.keys(pages, self.limits.page_size)
-        for i in range(sequence.published, len(keys)):
-            self.room.prefix.publish(keys[i], sequence.pages[i], sequence.digest)
-        sequence.published = len(keys)
+    def _publish(self, sequence: Sequence, tokens: int) -> None:
+        """Offer the prefix cache the full pages of a sequence's first tokens."""
+        pages, slot = tokens // self.limits.page_size, sequence.slot
+        assert slot is not None, f"request {sequence.request.id} has no pages"
+        first = int(self.rows.published[slot])
+        if self.room.prefix.enabled and pages > first:
+            keys = sequence.keys(pages, self.limits.page_size)
+            held = self.rows.pages(slot)
+            for key, page in zip(keys[first:], held[first:pages], strict=True):
+                self.room.prefix.publish(key, page, sequence.digest)
+            self.rows.published[slot] = pages
 
     def failures(self) -> list[TokenEvent]:
         """Requests that ended without a step since the last call."""
@@ -438,27 +425,16 @@ class Scheduler:
             self.store.release(sequence.registration)
 
     def _stop(self, sequence: Sequence) -> None:
-        """Take a sequence off the device. Steps in flight may still touch its pages and slot, but
-        whatever gets those next is written by a later step."""
-        self.running.remove(sequence)
-        self.room.prefix.release(sequence.pages)
+        """Take a sequence off the device, and offer the prefix cache what it computed.
+
+        Steps in flight may still touch its pages and slot, but whatever gets those next is written
+        by a later step.
+        """
         assert sequence.slot is not None, f"request {sequence.request.id} does not run"
-        self._slots.append(sequence.slot)
-        sequence.pages, sequence.given, sequence.slot, sequence.published = [], 0, None, 0
+        self._publish(sequence, int(self.rows.written[sequence.slot]))
+        self.room.prefix.release(self.rows.remove(sequence))
         sequence.placement = None
         sequence.life += 1
         self.policies.stop(sequence)
         if sequence.registration:
             self.room.residency.release(sequence.digest)
-
-
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.order
-
-
-def _by_adapter(sequence: Sequence) -> tuple[str, int]:
-    return sequence.digest, sequence.order
-
-
-def _row_by_adapter(row: tuple[Sequence, int]) -> tuple[str, int]:
-    return _by_adapter(row[0])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from jslora.adapters.registration import Registration
 from jslora.adapters.version import Version
 from jslora.batch import SAMPLERS, Draw, Placement
-from jslora.memory.prefix import next_key, root_key
+from jslora.memory.prefix import next_keys, root_key
 from jslora.request import Request, SamplingParams, TokenLogprob
 
 
@@ -17,15 +17,9 @@ class Sequence:
         registration: the adapter it is bound to for life, whose version may not be known yet.
         order: of arrival.
         tokens: prompt and generated tokens that the host has read.
-        computed: leading tokens whose keys and values are written, or dispatched to be.
-        pending: tokens sampled on the device and not yet read, 0 or 1 between steps.
-        pages: block table; holds at least `computed` tokens.
-        published: leading pages that the prefix cache was offered, or gave.
-        given: leading pages that the prefix cache gave when it last started.
         cached: leading prompt tokens that the prefix cache gave when it last started.
-        slot: place of its per-sequence state on the device while it runs.
-        life: how often it was taken off the device; steps of an earlier one may be in flight.
-        hold: planned no more until its pending token is read, because it will be preempted.
+        slot: place of its per-sequence state while it runs, on the device and in `Running`.
+        life: how often it was taken off the device.
         scores: logprobs of the prompt tokens read so far, by position.
         draw: how its tokens are drawn; `sampler` is the least of `SAMPLERS` that can.
         placement: where its adapter lies while it runs.
@@ -42,15 +36,9 @@ class Sequence:
     seed: int
     order: int
     tokens: list[int]
-    computed: int = 0
-    pending: int = 0
-    pages: list[int] = field(default_factory=list)
-    published: int = 0
-    given: int = 0
     cached: int = 0
     slot: int | None = None
     life: int = 0
-    hold: bool = False
     finished: bool = False
     scores: dict[int, TokenLogprob] = field(default_factory=dict)
     placement: Placement | None = None
@@ -69,23 +57,16 @@ class Sequence:
     prompt_length: int = field(init=False)
     draw: Draw = field(init=False)
     sampler: int = field(init=False)
-    _whole: int = field(init=False)  # its length at the end, if nothing ends it sooner
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.request.prompt)
-        self._whole = self.prompt_length + self.request.params.max_tokens
         self.draw = _draw(self.request.params, self.seed)
         self.sampler = SAMPLERS.index(_sampler(self.request.params, self.draw))
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
-
-    @property
-    def remaining(self) -> int:
-        """Tokens to compute before the next one can be drawn."""
-        return len(self.tokens) + self.pending - self.computed
 
     @property
     def version(self) -> Version | None:
@@ -109,21 +90,13 @@ class Sequence:
 
     def keys(self, pages: int, page_size: int) -> list[bytes]:
         """Prefix-cache keys of its first `pages` pages, whose tokens must all be known."""
-        keys = self._keys or [root_key(self.digest, self.request.tenant, self.request.cache_salt)]
-        for end in range(len(keys) * page_size, pages * page_size + 1, page_size):
+        if not self._keys:
+            self._keys = [root_key(self.digest, self.request.tenant, self.request.cache_salt)]
+        known, end = (len(self._keys) - 1) * page_size, pages * page_size
+        if known < end:
             assert end <= len(self.tokens), f"page to {end}, {len(self.tokens)} tokens known"
-            keys.append(next_key(keys[-1], self.tokens[end - page_size : end]))
-        self._keys = keys
-        return keys[1 : pages + 1]
-
-    def wanted(self) -> int:
-        """Tokens to compute next, 0 if there is nothing to compute them for."""
-        known = len(self.tokens) + self.pending
-        if self.finished or self.hold:
-            return 0
-        if known >= self._whole and (self._whole > self.prompt_length or self.computed >= known):
-            return 0
-        return known - self.computed
+            self._keys += next_keys(self._keys[-1], self.tokens[known:end], page_size)
+        return self._keys[1 : pages + 1]
 
 
 def _draw(params: SamplingParams, seed: int) -> Draw:

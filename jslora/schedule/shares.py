@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jslora.schedule.queue import Waiting
+from jslora.schedule.queue import Rows, Waiting
 
 PROMPT, GENERATED = 1.0, 2.0
 """What one token of each kind counts."""
@@ -34,7 +34,7 @@ class Shares:
         self._weight = np.zeros(0)
         self._floor = 0.0  # the counter of the group that was served last
 
-    def score(self, waiting: Waiting, rows: np.ndarray, now: float) -> np.ndarray:
+    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
         return self._counter[waiting.column(self._column)[rows]]
 
     def queued(self, group: int) -> None:
@@ -59,9 +59,9 @@ class Shares:
         self._counter[group] += tokens / self._weight[group]
         self._served[group] += tokens
 
-    def charge_all(self, groups: list[int], tokens: float) -> None:
+    def charge_all(self, groups: np.ndarray, tokens: float) -> None:
         """Each group was served so many tokens, as often as it is listed."""
-        if groups:
+        if len(groups):
             served = tokens * np.bincount(groups)
             known = len(served)
             self._served[:known] += served

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jslora.batch import Bucket, Geometry, RowPlan, int_fields, pack_step, views
+from jslora.batch import Bucket, Geometry, RowPlan, StepRows, int_fields, pack_step, views
 from pallas_kernels.launch import Kernels
 from pallas_kernels.paged_attention import reference, triton
 from pallas_kernels.paged_attention.api import paged_attention
@@ -80,7 +80,7 @@ class Setup:
 
 def make_rows(plans: list[RowPlan], bucket: Bucket, geometry: Geometry) -> Rows:
     """As the step takes them from the packed batch."""
-    at = views(pack_step(plans, bucket, geometry), int_fields(bucket, geometry))
+    at = views(pack_step(StepRows.of(plans), bucket, geometry), int_fields(bucket, geometry))
     at["items"][at["item_count"][0] :] = 1 << 30
     return Rows(
         at["block_table"], at["context"], at["start"], at["length"], at["parts"], at["items"],

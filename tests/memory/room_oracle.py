@@ -19,7 +19,7 @@ def idle(room: Room, keep: Collection[str]) -> list[Resident]:
 def cached(room: Room) -> list[int]:
     """Cached pages that nothing uses, those of least worth first."""
     pages = [page for held in room.prefix.held() for page in held]
-    alone = [page for page in pages if room.pages.holders(page) == 1]
+    alone = [page for page in pages if room.pages.count([page])[0] == 1]
     return sorted(alone, key=lambda page: float(room.prefix.since[page]))
 
 
@@ -37,7 +37,7 @@ def take(room: Room, n: int, keep: Collection[str]) -> list[int] | None:
         page = room.prefix.worth(float(room.prefix.since[pages[0]])) if pages else np.inf
         adapter = room.residency.worth(adapters[0].since) if adapters else np.inf
         if page <= adapter:
-            room.prefix.evict(pages[0])
+            room.prefix.evict([pages[0]])
         else:
             room.residency.evict(adapters[0])
     return room.pages.take(n)
@@ -48,7 +48,7 @@ def free_run(room: Room, n: int) -> int | None:
     gaps: list[tuple[int, int]] = []
     start = None
     for page in range(room.pages.total + 1):
-        free = page < room.pages.total and page > 0 and room.pages.holders(page) == 0
+        free = page < room.pages.total and page > 0 and room.pages.count([page])[0] == 0
         if free and start is None:
             start = page
         elif not free and start is not None:
@@ -65,7 +65,7 @@ def costs(room: Room, n: int, keep: Collection[str]) -> dict[int, float]:
     found = {}
     for first in range(1, room.pages.total - n + 1):
         window = set(range(first, first + n))
-        clear = {page for page in window if room.pages.holders(page) == 0}
+        clear = {page for page in window if room.pages.count([page])[0] == 0}
         cost = 0.0
         for page in window.intersection(pages):
             clear.add(page)
@@ -98,5 +98,5 @@ def take_run(
             if set(range(first, first + n)).intersection(resident.placement.pages):
                 room.residency.evict(resident)
         for page in sorted(set(range(first, first + n)).intersection(cached(room))):
-            room.prefix.evict(page)
+            room.prefix.evict([page])
     return room.pages.take_at(first, n)

@@ -141,7 +141,7 @@ class Witness:
         if scheduler._here(other):
             return False
         coming = digest in scheduler.room.residency.residents or self._engine.store.delays[digest]
-        return bool(coming) or other not in self._to_come or not scheduler._moves
+        return bool(coming) or other not in self._to_come or not scheduler._growth.moves
 
     def _right(self, one: Sequence, other: Sequence, scores: dict) -> bool:
         """Whether the first may start before the second, which came sooner and waited too long."""

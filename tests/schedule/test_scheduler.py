@@ -101,8 +101,11 @@ class Engine:
         for chunk in self.residency.writes(4, 0):
             self.device.write(chunk)
         plan = self.scheduler.plan()
-        for sequence in self.scheduler.waiting:
-            assert not sequence.pending, "it was preempted before its token was read"
+        if self.inflight:
+            old, _ = self.inflight
+            for sequence, samples in zip(old.sequences, old.rows.samples, strict=True):
+                waits = sequence.slot is None and not sequence.finished
+                assert not (waits and samples), "it was preempted before its token was read"
         if plan:
             self.check_host_tokens(plan)
         results = self.device.execute(plan) if plan else None
