@@ -54,26 +54,33 @@ def pack_blocks(
     for tile in range(0, bucket.tokens, cut.tile):
         inside = [part for part in parts if part.start < tile + cut.tile and part.end > tile]
         if inside:
-            found = [_blocks(part, tile, listed[part.placement.digest], split, geometry)
+            span = range(tile, tile + cut.tile)
+            found = [_blocks(part, span, listed[part.placement.digest], split, geometry)
                      for part in inside]  # fmt: skip
             _append_tile(blocks, scale, count, found, cut.blocks)
     return BlockArrays(blocks, scale, count, np.asarray(split, np.int32), page_list)
 
 
 def _blocks(
-    part: Segment, tile: int, listed: int, split: bool, geometry: Geometry
+    part: Segment, tile: range, listed: int, split: bool, geometry: Geometry
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All blocks of a segment's adapter, int32 [L, 7, n, 7] and scales [L, 7, n]; ranks 0 pads."""
+    """All blocks of a segment's adapter, int32 [L, 7, n, 7] and scales [L, 7, n]; ranks 0 pads.
+
+    Args:
+        tile: tokens of a tile that has some of the segment's.
+    """
     placement = part.placement
     a, b, ranks = _cut(placement, geometry)
     rows = np.asarray(geometry.row_lengths, np.int64)
-    per_page = geometry.page_numbers // np.gcd(rows, geometry.page_numbers)  # [7, 2]
+    widths = np.gcd(rows, geometry.page_numbers)  # [7, 2]
+    per_page = geometry.page_numbers // widths
     first = 0 if split else placement.pages[0]
     found = np.empty((*ranks.shape, 7), np.int32)
     found[..., 0] = a + first * per_page[:, 0, None]
     found[..., 1] = b + first * per_page[:, 1, None]
-    found[..., 2], found[..., 3] = part.start, part.end
-    found[..., 4], found[..., 5], found[..., 6] = ranks, listed, tile
+    found[..., 2], found[..., 3] = max(part.start, tile.start), min(part.end, tile.stop)
+    found[..., 4], found[..., 5] = ranks, listed
+    found[..., 6] = (placement.rank * (rows // widths)[:, 1])[..., None]
     return found, np.broadcast_to(placement.scale[..., None], ranks.shape)
 
 

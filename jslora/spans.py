@@ -24,6 +24,8 @@ class SpanShape(Protocol):
     def span(self) -> int: ...
     @property
     def low(self) -> int: ...
+    @property
+    def peers(self) -> int: ...
 
 
 class SpanArrays(NamedTuple):
@@ -52,7 +54,7 @@ def pack_spans(
     page_list, listed = list_pages(parts, geometry)
     for start, end, placement in _cover(parts, bucket.tokens):
         first = filled
-        stride = int(placement.rank.max()) if placement else 0
+        stride = _stride(placement, geometry, shape) if placement else 0
         for at in range(start, end, shape.span):
             n = min(shape.span, end - at)
             pairs[filled, :5] = at, n, 1, low, stride
@@ -65,6 +67,12 @@ def pack_spans(
             scale[:, :, first:filled] = placement.scale[..., None]
     assert low <= shape.low, f"{low} numbers of low-rank products, room for {shape.low}"
     return SpanArrays(pairs, np.array([filled], np.int32), table, scale, page_list)
+
+
+def _stride(placement: Placement, geometry: Geometry, shape: SpanShape) -> int:
+    """An adapter's highest rank, rounded up so that devices that share ranks have as many each."""
+    highest = int((placement.rank.max(axis=0) * geometry.peers).max())
+    return -(-highest // shape.peers) * shape.peers
 
 
 def _cover(parts: Seq[Segment], tokens: int) -> Iterator[tuple[int, int, Placement | None]]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from jslora.batch import Bucket, Geometry, Placement, Segment
 from jslora.blocks import BlockArrays, block_items, pack_blocks
+from jslora.model.config import MODULES
 from jslora.spans import pack_spans, span_pairs
+from jslora.split import BY_INPUT
 from pallas_kernels.lora.reference import Block, BlockShape, block_shape
 from pallas_kernels.lora.segments import Address, Pair, SegmentShape, segment_shape
 from pallas_kernels.paged_attention.cut import Cut
@@ -99,13 +102,18 @@ def test_blocks_are_every_token_with_every_true_rank_once(composition: tuple) ->
             found: Counter = Counter()
             items = 0
             for item in blocks_of(arrays, cut, layer, module):
-                tile = {block.tile for block, _ in item}
-                assert len(tile) == 1, "an item lies in one tile"
+                tiles = {t // cut.tile for block, _ in item for t in (block.start, block.end - 1)}
+                assert len(tiles) == 1, "an item lies in one tile"
                 items += 1
                 for block, scale in item:
                     assert block.ranks <= GEOMETRY.rank_block
-                    end = min(block.end, block.tile + cut.tile)
-                    inside = range(max(block.start, block.tile), end)
+                    inside = range(block.start, block.end)
+                    ranks = block.share * int(np.gcd(out, GEOMETRY.page_numbers)) // out
+                    assert (
+                        block.ranks
+                        <= ranks
+                        <= max(int(part.placement.rank[layer, module]) for part in parts)
+                    )
                     pages = arrays.page_list[block.pages :] if arrays.split else None
                     for rank in range(block.ranks):
                         a = addresses(block.a, wide, rank, pages)
@@ -116,15 +124,21 @@ def test_blocks_are_every_token_with_every_true_rank_once(composition: tuple) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(compositions())
-def test_spans_are_every_token_with_every_true_rank_once(composition: tuple) -> None:
+@given(compositions(), st.sampled_from([1, 2, 3]))
+def test_spans_are_every_token_with_every_true_rank_once(composition: tuple, peers: int) -> None:
+    """Where devices share the ranks of some modules, the lists are those of one device's share."""
     bucket, parts = composition
-    shape = SegmentShape(span=16, splits=2, low=bucket.tokens * GEOMETRY.max_rank)
-    arrays = pack_spans(parts, bucket, GEOMETRY, shape)
+    shared = tuple(1 if module in BY_INPUT else peers for module in MODULES)
+    geometry = replace(GEOMETRY, peers=shared)
+    shape = segment_shape(bucket.tokens, 3 * GEOMETRY.max_rank, prefill=False, peers=peers)
+    assert shape.span == 16 and shape.share * peers == shape.low
+    arrays = pack_spans(parts, bucket, geometry, shape)
     pairs = [Pair(*map(int, pair)) for pair in arrays.pairs[: arrays.total[0]]]
-    products = [range(p.low, p.low + p.tokens * p.stride) for p in pairs]
-    assert all(one.stop <= other.start for one, other in pairwise(products)), "one behind another"
-    assert all(product.stop <= shape.low for product in products)
+    assert all(p.low % peers == p.stride % peers == 0 for p in pairs)
+    for n in (1, peers):  # of all devices, and of one
+        products = [range(p.low // n, p.low // n + p.tokens * (p.stride // n)) for p in pairs]
+        assert all(one.stop <= other.start for one, other in pairwise(products)), "they overlap"
+        assert all(product.stop <= shape.low // n for product in products)
     covered = [token for p in pairs for token in range(p.start, p.start + p.tokens)]
     assert covered == list(range(bucket.tokens)), "what follows a sum is done for every token"
     for layer in range(2):
@@ -133,7 +147,11 @@ def test_spans_are_every_token_with_every_true_rank_once(composition: tuple) -> 
             for i, pair in enumerate(pairs):
                 at = Address(*map(int, arrays.table[layer, module, i]))
                 scale = float(arrays.scale[layer, module, i])
-                assert at.rank <= pair.stride and 1 <= pair.tokens <= 16 and pair.chain == 1
+                assert (
+                    at.rank * shared[module] <= pair.stride
+                    and 1 <= pair.tokens <= 16
+                    and pair.chain == 1
+                )
                 pages = arrays.page_list[pair.pages :] if pair.split else None
                 for rank in range(at.rank):
                     a = addresses(at.a, wide, rank, pages)

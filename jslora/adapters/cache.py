@@ -26,6 +26,7 @@ from jslora.adapters.known import KnownFolders
 from jslora.adapters.layout import empty_blob, layout_key
 from jslora.adapters.private import private_folder, write_whole
 from jslora.model.config import ModelConfig
+from jslora.split import ONE_DEVICE, Split
 
 _CHECK = 32  # bytes of a sha256
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -38,7 +39,9 @@ class PackedCache:
 
     Args:
         folder: holds a folder for each layout; made if it is absent.
+        page_elements: numbers in a page of one layer on one device.
         limit_bytes: most bytes of blobs kept, of all layouts together.
+        split, devices: how the model is split, and whose parts are here; by default all.
 
     Attributes:
         known: what is known of source folders.
@@ -49,13 +52,14 @@ class PackedCache:
 
     def __init__(
         self, folder: Path, model: ModelConfig, page_elements: int, dtype: np.dtype,
-        limit_bytes: int,
+        limit_bytes: int, split: Split = ONE_DEVICE, devices: range | None = None,
     ) -> None:  # fmt: skip
-        mine = private_folder(folder) / layout_key(model, page_elements, dtype)
+        devices = range(split.devices) if devices is None else devices
+        mine = private_folder(folder) / layout_key(model, page_elements, dtype, split, devices)
         private_folder(mine)
         self._blobs = private_folder(mine / "blobs")
         self.known = KnownFolders(mine / "known", model)
-        self._layers, self._page_elements = model.layers, page_elements
+        self._devices, self._layers, self._page_elements = len(devices), model.layers, page_elements
         self._dtype = np.dtype(dtype)
         self._limit = limit_bytes
         self._lock = threading.Lock()
@@ -67,7 +71,7 @@ class PackedCache:
         """Bytes that an adapter's blob takes on disk."""
         return self._sizes.get(self._path(digest), 0)
 
-    def load(self, digest: str, n_pages: int) -> Float[np.ndarray, "L n E"] | None:
+    def load(self, digest: str, n_pages: int) -> Float[np.ndarray, "d L n E"] | None:
         """Read a blob of so many pages, or None if there is no sound one."""
         path = self._path(digest)
         try:
@@ -85,10 +89,10 @@ class PackedCache:
         self._count(path, 0)
         return None
 
-    def store(self, digest: str, blob: Float[np.ndarray, "L n E"]) -> None:
+    def store(self, digest: str, blob: Float[np.ndarray, "d L n E"]) -> None:
         """Keep a blob, if there is room for it."""
         path = self._path(digest)
-        header = self._header(blob.shape[1])
+        header = self._header(blob.shape[2])
         size = len(header) + blob.nbytes + _CHECK
         if size > self._limit or path.exists():
             return
@@ -104,10 +108,10 @@ class PackedCache:
         assert _DIGEST.fullmatch(digest), f"{digest!r} is no digest"
         return self._blobs / f"{digest}.npy"
 
-    def _read(self, path: Path, digest: str, n_pages: int) -> Float[np.ndarray, "L n E"] | None:
+    def _read(self, path: Path, digest: str, n_pages: int) -> Float[np.ndarray, "d L n E"] | None:
         header = self._header(n_pages)
         with open(path, "rb") as file:
-            blob = empty_blob((self._layers, n_pages, self._page_elements), self._dtype)
+            blob = empty_blob(self._shape(n_pages), self._dtype)
             size = os.fstat(file.fileno()).st_size
             if size != len(header) + blob.nbytes + _CHECK or file.read(len(header)) != header:
                 return None
@@ -119,12 +123,14 @@ class PackedCache:
     def _header(self, n_pages: int) -> bytes:
         """What a file of so many pages begins with."""
         text = io.BytesIO()
-        shape = (self._layers, n_pages, self._page_elements)
         kind = f"<u{self._dtype.itemsize}"  # NumPy has no name for bfloat16
         np.lib.format.write_array_header_1_0(
-            text, {"descr": kind, "fortran_order": False, "shape": shape}
+            text, {"descr": kind, "fortran_order": False, "shape": self._shape(n_pages)}
         )
         return text.getvalue()
+
+    def _shape(self, n_pages: int) -> tuple[int, int, int, int]:
+        return self._devices, self._layers, n_pages, self._page_elements
 
     def _count(self, path: Path, size: int) -> None:
         """A file was just used and has `size` bytes; none if it is gone."""
@@ -145,7 +151,7 @@ class PackedCache:
                 path.unlink()
 
 
-def _check(digest: str, blob: Float[np.ndarray, "L n E"]) -> bytes:
+def _check(digest: str, blob: Float[np.ndarray, "d L n E"]) -> bytes:
     found = hashlib.sha256(digest.encode())
     found.update(blob.view(np.uint8).data)
     return found.digest()

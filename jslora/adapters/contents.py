@@ -70,7 +70,7 @@ class Contents:
             self._jobs.want(registration, partial(self._read_first, registration), long=True)
         return registration.version
 
-    def blob(self, version: Version) -> Float[np.ndarray, "L n E"] | None:
+    def blob(self, version: Version) -> Float[np.ndarray, "d L n E"] | None:
         """Its packed numbers; None while they are being fetched into memory.
 
         Raises:
@@ -115,8 +115,19 @@ class Contents:
         blob = self._cache.load(version.digest, version.n_pages)
         if blob is None:
             return partial(self._read_again, version)
+        if not self._reader.hosts.agreed(version.digest):
+            self._agree(version.digest)
         self._arrived(version.digest, blob, {"map": time.monotonic() - began})
         return None
+
+    def _agree(self, digest: str) -> None:
+        """Let the other hosts read a folder of these contents, which are in the cache here."""
+        with self._lock:
+            contents = self._contents.get(digest)
+            holders = list(contents.holders) if contents else []
+        with self._failing(*holders):
+            for holder in holders[:1]:
+                self._reader.hosts.ask(holder.source.folder, holder.source.root)(digest)
 
     def _read_again(self, version: Version) -> None:
         with self._lock:
@@ -170,6 +181,8 @@ class Contents:
         with self._lock:
             dead = [digest for digest in self._dead if digest not in self._contents]
             self._dead.clear()
+        for digest in dead:
+            self._reader.hosts.forget(digest)
         return dead
 
     def note_seconds(self, digest: str, stage: str, seconds: float) -> None:
@@ -197,7 +210,7 @@ class Contents:
                 self._host.bytes, len(self._host), dict(self._seconds), self._failures
             )
 
-    def _at_hand(self, folder: Path) -> Whole | None:
+    def _at_hand(self, folder: Path, root: Path) -> Whole | None:
         """What was read of a folder before, if its blob is at hand still; opens files."""
         began = time.monotonic()
         found = self._reader.remembered(folder)
@@ -209,6 +222,7 @@ class Contents:
             blob = self._cache.load(found.version.digest, found.version.n_pages)
         if blob is None:
             return None
+        self._reader.hosts.ask(folder, root)(found.version.digest)
         seconds = {"map": time.monotonic() - began}
         return Whole(found.outline, found.layout, found.version, blob, seconds)
 

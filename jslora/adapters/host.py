@@ -15,7 +15,7 @@ class HostTier:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._blobs: OrderedDict[str, Float[np.ndarray, "L n E"]] = OrderedDict()
+        self._blobs: OrderedDict[str, Float[np.ndarray, "d L n E"]] = OrderedDict()
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._blobs
@@ -23,12 +23,12 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._blobs)
 
-    def get(self, digest: str) -> Float[np.ndarray, "L n E"] | None:
+    def get(self, digest: str) -> Float[np.ndarray, "d L n E"] | None:
         if digest in self._blobs:
             self._blobs.move_to_end(digest)
         return self._blobs.get(digest)
 
-    def put(self, digest: str, blob: Float[np.ndarray, "L n E"]) -> None:
+    def put(self, digest: str, blob: Float[np.ndarray, "d L n E"]) -> None:
         """Keep a blob, in place of as many others as it takes; one that is there already stays."""
         assert blob.nbytes <= self.limit, f"{blob.nbytes} of {self.limit} bytes"
         if self.get(digest) is not None:

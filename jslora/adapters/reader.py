@@ -12,11 +12,13 @@ from jaxtyping import Float
 
 from jslora.adapters.cache import PackedCache
 from jslora.adapters.files import identities
+from jslora.adapters.hosts import ALONE, Hosts
 from jslora.adapters.layout import Layout, lay_out, pack
 from jslora.adapters.peft import CONFIG, WEIGHTS, Limits, Outline, read_adapter, read_outline
 from jslora.adapters.version import Version
 from jslora.errors import AdapterRejected
 from jslora.model.config import ModelConfig
+from jslora.split import ONE_DEVICE, Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +37,31 @@ class Whole:
     outline: Outline
     layout: Layout
     version: Version
-    blob: Float[np.ndarray, "L n E"]
+    blob: Float[np.ndarray, "d L n E"]
     seconds: dict[str, float]
 
 
 class Reader:
-    """Reads folders for one model and pool; every method may be called from any thread."""
+    """Reads folders for one model and pool; every method may be called from any thread.
+
+    Args:
+        model: the whole one; adapters are read and checked whole on every host.
+        page_elements: numbers in a page of one layer on one device.
+        split, devices: how the model is split, and whose parts are packed; by default all.
+        hosts: the others, which must have the same contents as this one.
+    """
 
     def __init__(
         self, model: ModelConfig, page_elements: int, dtype: np.dtype, limits: Limits,
-        host_cache_bytes: int, cache: PackedCache,
+        host_cache_bytes: int, cache: PackedCache, split: Split = ONE_DEVICE,
+        devices: range | None = None, hosts: Hosts = ALONE,
     ) -> None:  # fmt: skip
-        self._model, self._page_elements = model, page_elements
+        self._model, self._page_elements, self._split = model, page_elements, split
+        self._devices = range(split.devices) if devices is None else devices
         self._dtype = np.dtype(dtype)
         self._limits, self._host_cache_bytes = limits, host_cache_bytes
         self._cache = cache
+        self.hosts = hosts
 
     def remembered(self, folder: Path) -> Outlined | None:
         """What was read of these very files before, if it would still be served."""
@@ -62,8 +74,7 @@ class Reader:
         limits = self._limits
         if outline.files[1].size > limits.max_file_bytes or outline.rank.max() > limits.max_rank:
             return None
-        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
-        self._check_size(layout)
+        layout = self._lay_out(outline)
         return Outlined(outline, layout, self._version(digest, layout))
 
     def outline(self, folder: Path, root: Path) -> Outlined:
@@ -73,31 +84,35 @@ class Reader:
             AdapterRejected: see `read_outline`; or it is larger than the pool or the host tier.
         """
         outline = read_outline(folder, self._model, self._limits, root)
-        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
-        self._check_size(layout)
-        return Outlined(outline, layout, None)
+        return Outlined(outline, self._lay_out(outline), None)
 
     def whole(self, folder: Path, root: Path) -> Whole:
         """Read, check and pack a folder; and put what it holds in the cache.
 
         Raises:
-            AdapterRejected: see `read_adapter`; or it is larger than the pool or the host tier.
+            AdapterRejected: see `read_adapter`; or it is larger than the pool or the host tier; or
+                another host has other contents there.
         """
         began, clock = time.time(), _Clock()
+        agree = self.hosts.ask(folder, root)
         adapter = read_adapter(folder, self._model, self._limits, root)
         clock.lap("read")
         outline = adapter.outline(self._model)
-        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements)
-        self._check_size(layout)
-        packed = pack(adapter, self._model, self._page_elements, self._dtype)
+        layout = self._lay_out(outline)
+        packed = pack(
+            adapter, self._model, self._page_elements, self._dtype, self._split, self._devices
+        )
         clock.lap("pack")
         self._cache.store(adapter.digest, packed.blob)
         self._cache.known.put(folder, adapter.digest, outline, began)
         clock.lap("store")
+        agree(adapter.digest)
         version = self._version(adapter.digest, layout)
         return Whole(outline, layout, version, packed.blob, clock.seconds)
 
-    def _check_size(self, layout: Layout) -> None:
+    def _lay_out(self, outline: Outline) -> Layout:
+        """Where its numbers go, if they fit."""
+        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements, self._split)
         most = self._limits.max_pages
         if most is not None and layout.n_pages > most:
             raise AdapterRejected(f"the adapter takes {layout.n_pages} pages; the pool has {most}")
@@ -107,6 +122,7 @@ class Reader:
                 f"the adapter takes {needed} bytes of host memory; "
                 f"adapters.host_cache_bytes is {most}"
             )
+        return layout
 
     def _version(self, digest: str, layout: Layout) -> Version:
         return Version(
@@ -120,7 +136,7 @@ class Reader:
         )
 
     def _packed_bytes(self, layout: Layout) -> int:
-        pages = self._model.layers * layout.n_pages
+        pages = len(self._devices) * self._model.layers * layout.n_pages
         return pages * self._page_elements * self._dtype.itemsize
 
 

@@ -67,9 +67,9 @@ def make_registration(
         name=name,
         digest=version.digest if version else "",
         state="registered",
-        rank=int(layout.rank.max()),
-        modules=_modules(layout),
-        layers=int(layout.rank.any(axis=1).sum()),
+        rank=int(outline.rank.max()),
+        modules=_modules(outline),
+        layers=int(outline.rank.any(axis=1).sum()),
         bytes=outline.bytes,
         pages=layout.n_pages,
         padding=layout.padding,
@@ -80,12 +80,12 @@ def make_registration(
     return Registration(name, info, layout.n_pages, source, version)
 
 
-def _modules(layout: Layout) -> dict[str, tuple[int, int, float]]:
+def _modules(outline: Outline) -> dict[str, tuple[int, int, float]]:
     """Module → (lowest rank, highest rank, highest scale) over the layers it is targeted in."""
     found = {}
-    for column in np.flatnonzero(layout.rank.any(axis=0)):
-        layers = layout.rank[:, column] > 0
-        ranks, scales = layout.rank[layers, column], layout.scale[layers, column]
+    for column in np.flatnonzero(outline.rank.any(axis=0)):
+        layers = outline.rank[:, column] > 0
+        ranks, scales = outline.rank[layers, column], outline.scale[layers, column]
         found[MODULES[column]] = (int(ranks.min()), int(ranks.max()), float(scales.max()))
     return found
 

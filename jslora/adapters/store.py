@@ -20,6 +20,7 @@ import numpy as np
 from jslora.adapters.cache import PackedCache
 from jslora.adapters.contents import Contents
 from jslora.adapters.folders import Roots
+from jslora.adapters.hosts import ALONE, Hosts
 from jslora.adapters.jobs import Task, public
 from jslora.adapters.layout import Layout
 from jslora.adapters.peft import Limits
@@ -31,6 +32,7 @@ from jslora.errors import AdapterRejected, JsloraError, Unavailable, UnknownMode
 from jslora.logs import printable
 from jslora.model.config import ModelConfig
 from jslora.request import AdapterInfo
+from jslora.split import ONE_DEVICE, Split
 
 MAX_FAILURES = 64  # failed loads that are remembered, so that `infos` can tell of them
 
@@ -40,20 +42,27 @@ class AdapterStore(Contents):
 
     Args:
         roots: folders that adapters are read from; nothing outside them opens.
-        page_elements: numbers in a page of one layer.
+        page_elements: numbers in a page of one layer on one device.
         dtype: the pool's.
         host_cache_bytes: most bytes of packed blobs kept in host memory.
         base_name: the base model's name, which no adapter may have.
-        cache: for the same model, pages and dtype.
+        cache: for the same model, pages, dtype and devices.
+        split, devices: how the model is split, and whose parts are kept here; by default all.
+        hosts: the others; nothing is kept that they do not have too.
     """
 
     def __init__(
         self, roots: Sequence[Path], model: ModelConfig, page_elements: int, dtype: np.dtype,
         limits: Limits, host_cache_bytes: int, base_name: str, cache: PackedCache,
+        split: Split = ONE_DEVICE, devices: range | None = None, hosts: Hosts = ALONE,
     ) -> None:  # fmt: skip
-        reader = Reader(model, page_elements, dtype, limits, host_cache_bytes, cache)
+        devices = range(split.devices) if devices is None else devices
+        reader = Reader(
+            model, page_elements, dtype, limits, host_cache_bytes, cache, split, devices, hosts
+        )
         super().__init__(reader, cache, host_cache_bytes)
-        self._page_bytes = model.layers * page_elements * np.dtype(dtype).itemsize
+        numbers = len(devices) * model.layers * page_elements
+        self._page_bytes = numbers * np.dtype(dtype).itemsize
         self._roots = Roots(roots)
         self._base_name = base_name
         # Below here everything is written under the lock.
@@ -213,7 +222,7 @@ class AdapterStore(Contents):
         """Enter what is at hand already; otherwise it is read whole, which may take long."""
         with self._loading_of(name, done):
             folder, root = self._roots.locate(name if path is None else path)
-            found = self._at_hand(folder)
+            found = self._at_hand(folder, root)
             if found is None:
                 return partial(self._load_whole, name, folder, root, done)
             self._enter_whole(name, done, folder, root, found)

@@ -13,7 +13,7 @@ class Version:
     Attributes:
         a_offset, b_offset, rank, scale: see `PackedAdapter`.
         n_pages: pages it takes on the device; the same ids in every layer.
-        packed_bytes: size of its blob.
+        packed_bytes: size of its blob, of all devices of this process.
     """
 
     digest: str

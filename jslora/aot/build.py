@@ -31,8 +31,9 @@ from jslora.bench.floor import Row, step_floor
 from jslora.lora import apply_lora
 from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.model.weights import shapes
-from jslora.programs import Catalog, Job, Sizes, choose_kernels, page_numbers
-from jslora.sharding import AXIS, POOL, local_config, over_devices, weight_spec, whole_array
+from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
+from jslora.sharding import AXIS, Job, whole_array
+from jslora.split import Split
 from pallas_kernels.launch import OFF
 from pallas_kernels.paged_attention.api import paged_attention
 from pallas_kernels.paged_attention.rows import Rows
@@ -102,6 +103,7 @@ def compile_case(case: Case, shop: Workshop) -> Iterator[tuple[Record, Any]]:
             figures["per_layer"] = {f"kernel {k}": n for k, n in kernels.items()}
         else:
             figures["outside"] = len(compiled.launches)
+            _, figures["collectives_outside"] = _collectives(compiled, compiled, 1)
         yield Record(
             name=f"{case.name} {program.name}", what=case.what.removesuffix("s"),
             phase=case.phase, rows=case.rows, tokens=case.tokens, kernels=case.kernels, **figures,
@@ -115,14 +117,13 @@ def _compile_step(case: Case, mesh: Mesh, shop: Workshop) -> tuple[Record, Any]:
     )
     apart = case.layers - BASE_LAYERS
     per_layer, outside = _difference(small, large, lambda i: True, apart)
-    collectives, others = _difference(small, large, lambda i: i.kind == "collective", apart)
+    inner, outer = _collectives(small, large, apart)
     moved = [sum(launch.bytes for launch in program.launches) for program in (small, large)]
     bytes_per_layer = (moved[1] - moved[0]) / apart
     record = Record(
         name=case.name, what="step", phase=case.phase, rows=case.rows, tokens=case.tokens,
         kernels=case.kernels, per_layer=per_layer, outside=sum(outside.values()),
-        collectives={name.partition(" ")[2]: n for name, n in collectives.items()}
-        | ({"outside": sum(others.values())} if others else {}),
+        collectives=inner, collectives_outside=outer,
         bytes_per_layer=bytes_per_layer,
         bytes_outside=moved[1] - bytes_per_layer * case.layers,
         floor_per_layer=(_floor(case, case.layers) - _floor(case, BASE_LAYERS)) / apart,
@@ -134,24 +135,39 @@ def _compile_step(case: Case, mesh: Mesh, shop: Workshop) -> tuple[Record, Any]:
 def _floor(case: Case, layers: int) -> int:
     """The fewest bytes of a step, pages that kernels read left out: nothing was attended before."""
     catalog = make_catalog(case, layers)
-    bucket = _bucket(case, catalog)
+    bucket, part = _bucket(case, catalog), catalog.split.local(catalog.config)
     tokens = bucket.tokens // bucket.rows
     rows = [Row(context=tokens, tokens=tokens)] * bucket.rows
-    return step_floor(catalog.config, rows, DTYPE.itemsize).base.bytes
+    return step_floor(part, rows, DTYPE.itemsize).base.bytes
 
 
 def _difference(
     small: Compiled, large: Compiled, which: Callable[[launches.Launch], bool], apart: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Launches of a layer by "kind label", and those outside layers."""
+    """Launches of a layer by "kind label", of collectives with their bytes; and those outside."""
     counts = [
-        Counter(f"{i.kind} {i.label}" for i in program.launches if which(i))
+        Counter(
+            f"{i.kind} {i.label}" + f" {launches.put_out(i)}" * (i.kind == "collective")
+            for i in program.launches
+            if which(i)
+        )
         for program in (small, large)
     ]
     names = sorted(counts[1] | counts[0])
     layer = {name: (counts[1][name] - counts[0][name]) / apart for name in names}
     outside = {name: counts[0][name] - BASE_LAYERS * layer[name] for name in names}
     return {k: n for k, n in layer.items() if n}, {k: n for k, n in outside.items() if n}
+
+
+def _collectives(
+    small: Compiled, large: Compiled, apart: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Those of a layer by "name bytes", and those outside; the same program twice has no layers."""
+    layer, outside = (
+        {name.removeprefix("collective "): n for name, n in found.items()}
+        for found in _difference(small, large, lambda i: i.kind == "collective", apart)
+    )
+    return layer, outside
 
 
 def _compile(program: Program, mesh: Mesh, pool: int) -> Compiled:
@@ -175,7 +191,7 @@ def _figures(
     """What a record says of one program alone."""
     memory = compiled.executable.memory_analysis()
     ours = {i.label for i in compiled.launches if i.kind == "kernel"}
-    weights = weight_dims(catalog.config)
+    weights = weight_dims(catalog.split.local(catalog.config))
     layer_pages = catalog.geometry.pages * catalog.geometry.page_numbers
     pool_copies, weight_copies = [], []
     for launch, shape in launches.arrays(compiled.launches):
@@ -224,9 +240,9 @@ def weight_dims(config: ModelConfig) -> set[tuple[int, ...]]:
 
 def make_catalog(case: Case, layers: int) -> Catalog:
     """The programs of one device of a case, with the pool at its production size."""
-    model = from_hf({**MODELS[case.model], "num_hidden_layers": layers})
-    config = local_config(model, case.devices)
-    page = page_numbers(config, case.page_size) * DTYPE.itemsize
+    config = from_hf({**MODELS[case.model], "num_hidden_layers": layers})
+    split = Split(case.devices, case.fully)
+    page = page_numbers(config, case.page_size, split) * DTYPE.itemsize
     sizes = Sizes(
         pages=POOL_BYTES[case.model] // (page * layers),
         page_size=case.page_size,
@@ -236,10 +252,10 @@ def make_catalog(case: Case, layers: int) -> Catalog:
         max_rank=case.max_rank,
         dtype=DTYPE,
     )
-    kernels = choose_kernels(config, case.page_size, case.kernels, "cuda")
+    kernels = choose_kernels(config, case.page_size, case.kernels, "cuda", split)
     if not case.lora:
         kernels = replace(kernels, lora=OFF)
-    return Catalog(config, sizes, kernels, AXIS if case.devices > 1 else None)
+    return Catalog(config, sizes, kernels, split)
 
 
 def _bucket(case: Case, catalog: Catalog) -> Bucket:
@@ -254,19 +270,13 @@ def _pool(case: Case, layers: int) -> int:
 
 def _step_program(case: Case, layers: int, mesh: Mesh) -> Program:
     catalog = make_catalog(case, layers)
-    names: dict[str, Any] = {name: weight_spec(name) for name in shapes(catalog.config)}
-    specs = catalog.programs.weights(names)
     (job,) = catalog.step_jobs(_bucket(case, catalog)).values()
-    name, function, donated, (weights, pages, *rest) = job
-    if case.devices > 1:
-        function = over_devices(function, specs, mesh)
-    arguments = (
-        jax.tree.map(partial(whole_array, mesh=mesh), weights, specs),
-        whole_array(pages, POOL, mesh),
-        *_everywhere(rest, mesh),
-    )
+    return _program(job.over(mesh), catalog)
+
+
+def _program(job: Job, catalog: Catalog) -> Program:
     options = catalog.kernels.compiler_options
-    return Program(name, function, donated, arguments, options)
+    return Program(job.name, job.function, job.donated, job.arguments, options)
 
 
 def _kernel_programs(case: Case, catalog: Catalog, mesh: Mesh) -> Iterator[Program]:
@@ -302,11 +312,10 @@ def _other_programs(case: Case, catalog: Catalog, mesh: Mesh) -> Iterator[Progra
     steps = {key for bucket in catalog.buckets for key in catalog.step_jobs(bucket)}
     jobs = [job for key, job in catalog.jobs().items() if key not in steps]
     largest: dict[str, Job] = {}
-    for job in sorted(jobs, key=lambda job: [int(n) for n in job[0].split() if n.isdigit()]):
-        largest[" ".join(word for word in job[0].split() if not word.isdigit())] = job
-    options = catalog.kernels.compiler_options
-    for name, (_, function, donated, arguments) in largest.items():
-        yield Program(name, function, donated, _everywhere(arguments, mesh), options)
+    for job in sorted(jobs, key=lambda job: [int(n) for n in job.name.split() if n.isdigit()]):
+        largest[" ".join(word for word in job.name.split() if not word.isdigit())] = job
+    for name, job in largest.items():
+        yield replace(_program(job.over(mesh), catalog), name=name)
 
 
 def _lora(
@@ -317,10 +326,8 @@ def _lora(
 
 def _rows(bucket: Bucket, catalog: Catalog) -> Rows:
     """The abstract rows of a bucket, as the step unpacks them."""
-    packed, last = catalog.step_jobs(bucket)[bucket][3][3], catalog.slots().last_token
-    begin = partial(catalog.programs.begin, bucket)
-    _, inputs = jax.eval_shape(begin, catalog.weights()[0].embed, last, packed)
-    return inputs.rows
+    packed = catalog.step_jobs(bucket)[bucket].arguments[3]
+    return jax.eval_shape(partial(catalog.programs.inputs, bucket), packed).rows
 
 
 def _everywhere(tree: Any, mesh: Mesh) -> Any:

@@ -36,7 +36,8 @@ BASE_LAYERS = 2
 """Layers that the larger and the smaller of a case's two programs have."""
 
 STEPS = (("llama3-8b", 1), ("llama3-8b", 4), ("qwen3-8b", 1), ("smollm2-135m", 1))
-"""Models and numbers of devices whose steps are compiled, decode and mixed."""
+"""Models and numbers of devices whose steps are compiled, decode and mixed, without and with LoRA;
+over several devices with LoRA in both ways of `jslora.split`."""
 
 POOL_BYTES = {"llama3-8b": 50 * 10**9, "qwen3-8b": 50 * 10**9, "smollm2-135m": 6 * 10**9}
 """On each device: what an 80 GB device has left, and for the demo what any has; past 4 GiB all."""
@@ -52,6 +53,7 @@ class Case:
         phase: "decode" (a token a row), "mixed" (the most tokens a step may have), or nothing of
             programs.
         kernels: implementation of both operations.
+        fully: whether adapters are fully sharded over the devices.
         layers: of the larger program.
         rows, tokens, positions, max_rank, page_size: limits of the server's configuration.
     """
@@ -62,6 +64,7 @@ class Case:
     kernels: str
     lora: bool = True
     devices: int = 1
+    fully: bool = False
     layers: int = LAYERS
     rows: int
     tokens: int
@@ -70,10 +73,19 @@ class Case:
     page_size: int
 
     @property
+    def hidden(self) -> int:
+        return MODELS[self.model]["hidden_size"]
+
+    @property
+    def vocabulary(self) -> int:
+        return MODELS[self.model]["vocab_size"]
+
+    @property
     def name(self) -> str:
         parts = [self.model, *filter(None, [self.phase]), self.kernels]
         parts += [f"{self.devices} devices"] * (self.devices > 1)
         parts.append(("lora" if self.lora else "no lora") if self.what == "step" else self.what)
+        parts += ["fully sharded"] * self.fully
         return " ".join(parts)
 
 
@@ -106,6 +118,10 @@ def _cases() -> Iterator[dict[str, Any]]:
             fixed = dict(phase=phase, kernels=kernels)
             yield fixed | dict(what="kernels", model="llama3-8b")
             for model, devices in STEPS:
-                for lora in (False, True):
-                    yield fixed | dict(what="step", model=model, devices=devices, lora=lora)
-    yield dict(what="programs", model="llama3-8b", phase="", kernels="pallas")
+                step = fixed | dict(what="step", model=model, devices=devices)
+                yield step | dict(lora=False)
+                yield step | dict(lora=True)
+                if devices > 1:
+                    yield step | dict(lora=True, fully=True)
+    for devices in (1, 4):
+        yield dict(what="programs", model="llama3-8b", phase="", kernels="pallas", devices=devices)

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jslora.aot import ptxas, rules, table, target
+from jslora.aot import adapter_bytes, ptxas, rules, table, target
+from jslora.aot.adapter_bytes import AdapterBytes
 from jslora.aot.cases import Case
 from jslora.aot.record import Record
 from jslora.progress import Progress
@@ -31,14 +32,19 @@ EXECUTABLE = "llama3-8b decode pallas lora"
 
 @dataclass(frozen=True)
 class Report:
-    """All records, in the order of the cases, and the broken rules by record name."""
+    """All records, in the order of the cases, and the broken rules by record name.
+
+    Attributes:
+        adapters: what an adapter takes of a device, however it is split.
+    """
 
     records: list[Record]
+    adapters: list[AdapterBytes]
     broken: dict[str, list[str]]
 
     def render(self) -> str:
         """The table, and below it what is broken."""
-        text = table.render(self.records, target.DEVICE, version("jax"))
+        text = table.render(self.records, self.adapters, target.DEVICE, version("jax"))
         lines = [f"FAILED {name}: {rule}" for name, all_ in self.broken.items() for rule in all_]
         return "\n".join([text, "", *(lines or ["All rules hold."])])
 
@@ -47,6 +53,7 @@ class Report:
             "device": target.DEVICE,
             "jax": version("jax"),
             "records": [dataclasses.asdict(record) for record in self.records],
+            "adapters": [dataclasses.asdict(size) for size in self.adapters],
             "broken": self.broken,
         }
 
@@ -77,11 +84,13 @@ def check(
             progress("compile", done, len(cases), waiting[job].name)
     records = [record for case in cases for record in found[case.name]]
     verdicts = {
-        record.name: rules.broken(record, allowed, case.devices)
+        record.name: rules.broken(record, allowed, case)
         for case in cases
         for record in found[case.name]
     }
-    return Report(records, {name: all_ for name, all_ in verdicts.items() if all_})
+    adapters = adapter_bytes.measure()
+    verdicts["adapters"] = adapter_bytes.broken(adapters)
+    return Report(records, adapters, {name: all_ for name, all_ in verdicts.items() if all_})
 
 
 def _run(case: Case, executable: Path | None) -> list[Record]:

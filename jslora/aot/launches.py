@@ -181,6 +181,13 @@ def _bytes_read(body: Computation, value: Instruction) -> int:
     return min(read, value.bytes)
 
 
+def put_out(launch: Launch) -> int:
+    """Bytes of a launch's results; one that only starts may name its operands before them."""
+    made = launch.instruction
+    named = made.opcode.endswith("-start") and len(made.shapes) > len(made.operands)
+    return sum(shape.bytes for shape in made.shapes[len(made.operands) * named :])
+
+
 def arrays(launches: list[Launch]) -> Iterator[tuple[Launch, Shape]]:
     """Every array that a launch leaves in new memory."""
     for launch in launches:

@@ -13,7 +13,8 @@ class Record:
         rows, tokens: the most that the case has.
         per_layer: launches a layer by "kind label", those outside layers left out.
         outside: launches outside layers; all of a program's.
-        collectives: by name, in one layer, and below "outside" all others.
+        collectives: by name and bytes of what one puts out on a device, in one layer.
+        collectives_outside: the same of all others; all of a program's.
         loops: names of `while` and `conditional` outside kernels.
         pool_copies: what leaves an array as large as a layer's pages in new memory.
         weight_copies: what leaves an array like a weight there.
@@ -35,6 +36,7 @@ class Record:
     per_layer: dict[str, float] = field(default_factory=dict)
     outside: float = 0
     collectives: dict[str, float] = field(default_factory=dict)
+    collectives_outside: dict[str, float] = field(default_factory=dict)
     loops: list[str] = field(default_factory=list)
     pool_copies: list[str] = field(default_factory=list)
     weight_copies: list[str] = field(default_factory=list)

@@ -5,7 +5,9 @@ from importlib import resources
 
 import yaml
 
+from jslora.aot.cases import Case
 from jslora.aot.record import Record
+from jslora.calls import SCORE_ROWS
 
 ROWS, TEMPORARIES = 64, 256 * 2**20
 """Bytes that anything but a mixed step may need beside its results, up to so many rows."""
@@ -16,6 +18,9 @@ MIXED_TOKENS, MIXED_TEMPORARIES = 2048, 2**30
 Allowed = Mapping[str, int]
 """Launches a layer at most, by the name of a case."""
 
+Sent = Mapping[str, float]
+"""Collectives, by name and bytes, and how often."""
+
 
 def committed() -> Allowed:
     """The launches that `launches.yaml` allows."""
@@ -23,13 +28,16 @@ def committed() -> Allowed:
     return yaml.safe_load(text)
 
 
-def broken(record: Record, allowed: Allowed, devices: int = 1) -> list[str]:
-    """The rules that a record breaks, as "rule: figures"."""
+def broken(record: Record, allowed: Allowed, case: Case) -> list[str]:
+    """The rules that a record of a case breaks, as "rule: figures"."""
     if record.error:
         return [f"does not compile: {record.error}"]
     found = _memory(record) + _registers(record) + _flow(record)
     if record.what == "step":
-        found += _launches(record, allowed) + _collectives(record, devices)
+        found += _launches(record, allowed) + _collectives(record, collectives(case))
+    elif record.what == "program":
+        program = record.name.removeprefix(case.name).strip()
+        found += _collectives(record, ({}, logits_gathered(case, program)))
     if record.what != "kernel" and record.aliased < record.donated:
         found.append(f"not aliased: of {record.donated} bytes donated {record.aliased} are")
     return found
@@ -74,9 +82,44 @@ def _launches(record: Record, allowed: Allowed) -> list[str]:
     return []
 
 
-def _collectives(record: Record, devices: int) -> list[str]:
-    """Two sums a layer where it is split over devices, and nothing else."""
-    expected = {"all-reduce": 2} if devices > 1 else {}
-    if record.collectives != expected:
-        return [f"collectives: {record.collectives} a layer; expected {expected}"]
-    return []
+def _collectives(record: Record, expected: tuple[Sent, Sent]) -> list[str]:
+    """Exactly those that are expected in a layer, and outside layers."""
+    inside, outside = expected
+    found = []
+    for where, made, wanted in (
+        ("a layer", record.collectives, inside),
+        (f"a {record.what}", record.collectives_outside, outside),
+    ):
+        if made != wanted:
+            found.append(f"collectives: {made} {where}; expected {wanted}")
+    return found
+
+
+def collectives(case: Case) -> tuple[Sent, Sent]:
+    """What a layer, and a step beside its layers, must send.
+
+    The base adds up the outputs of attention and of the feed-forward, and of the embedding, of
+    which each device has a part. Fully sharded LoRA adds to that a number for each token, rank and
+    module: gathered before B for q, k, v and for gate and up, added up for o and for down.
+    """
+    if case.devices == 1:
+        return {}, {}
+    tokens, hidden = case.rows if case.phase == "decode" else case.tokens, case.hidden
+    inside = {f"all-reduce {tokens * hidden * 4}": 2.0}
+    if case.fully:
+        low = tokens * -(-case.max_rank // case.devices) * case.devices * 4
+        inside |= {
+            f"all-gather {3 * low}": 1.0, f"all-gather {2 * low}": 1.0, f"all-reduce {low}": 2.0
+        }  # fmt: skip
+    return inside, {f"all-reduce {tokens * hidden * 2}": 1.0}
+
+
+def logits_gathered(case: Case, program: str) -> Sent:
+    """What a program that is no step must send: where there are logits, all of them, once.
+
+    Each device has those of its part of the vocabulary, and all choose alike.
+    """
+    rows = {"sample": case.rows, "score": SCORE_ROWS}.get(program.partition(" ")[0], 0)
+    if case.devices == 1 or not rows:
+        return {}
+    return {f"all-gather {rows * case.vocabulary * 4}": 1.0}

@@ -8,7 +8,7 @@ before, so its version is known from its registration on. Host only: no jax.
 
 import hashlib
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from jslora.adapters.cache import PackedCache
 from jslora.adapters.folders import Roots
 from jslora.adapters.jobs import Jobs
-from jslora.adapters.layout import Layout, lay_out
+from jslora.adapters.layout import Layout
 from jslora.adapters.peft import Limits, Outline
 from jslora.adapters.reader import Outlined, Reader
 from jslora.adapters.store import AdapterStore
@@ -63,8 +63,7 @@ class SyntheticStore(AdapterStore):
         most_pages: int, timeline: Timeline, host: HostTier | None = None,
     ) -> None:  # fmt: skip
         limits = Limits(max_rank=_MAX_RANK, max_pages=most_pages)
-        shape = (model.layers, page_elements)
-        cache = _Blobs(shape)
+        cache = _Blobs((model.layers, page_elements))
         size = host.bytes if host else 2**63 - 1
         super().__init__((), model, page_elements, DTYPE, limits, size, BASE, cache)
         self._reader = _Ranks(adapters, model, page_elements, limits, size, cache)
@@ -121,30 +120,30 @@ class _Ranks(Reader):
         """
         ranks = self._adapters[folder.name]
         if ranks not in self._layouts:
-            self._layouts[ranks] = self._lay_out(ranks)
+            self._layouts[ranks] = self._outlined(ranks)
         outline, layout = self._layouts[ranks]
         digest = hashlib.sha256(folder.name.encode()).hexdigest()
         return Outlined(outline, layout, self._version(digest, layout))
 
-    def _lay_out(self, ranks: Ranks) -> tuple[Outline, Layout]:
+    def _outlined(self, ranks: Ranks) -> tuple[Outline, Layout]:
         assert len(ranks) == len(MODULES), f"{len(ranks)} ranks for {len(MODULES)} modules"
         model = self._model
         rank = np.tile(np.array(ranks, np.int32), (model.layers, 1))
         scale = np.where(rank > 0, np.float32(1), np.float32(0))
-        layout = lay_out(rank, scale, model, self._page_elements)
-        self._check_size(layout)
-        return Outline(rank, scale, None, self._packed_bytes(layout), (), None), layout
+        outline = Outline(rank, scale, None, 0, (), None)
+        layout = self._lay_out(outline)
+        return replace(outline, bytes=self._packed_bytes(layout)), layout
 
 
 class _Blobs(PackedCache):
     """A disk that has everything; what reading takes, a `Worker` waits."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._shape = shape
+    def __init__(self, layer: tuple[int, int]) -> None:
+        self._layer = layer
 
     def size(self, digest: str) -> int:
         return 0
 
-    def load(self, digest: str, n_pages: int) -> Float[np.ndarray, "L n E"]:
-        layers, numbers = self._shape
-        return np.broadcast_to(np.zeros((), DTYPE), (layers, n_pages, numbers))
+    def load(self, digest: str, n_pages: int) -> Float[np.ndarray, "1 L n E"]:
+        layers, numbers = self._layer
+        return np.broadcast_to(np.zeros((), DTYPE), (1, layers, n_pages, numbers))

@@ -6,25 +6,37 @@ their adapters; sums are in float32; the low-rank product is scaled in float32 a
 factors' dtype; the result is deterministic, and takes the place of the base output.
 
 The work list has a form that suits the implementation: blocks of ranks for the reference, which
-likes few large gathers, spans of tokens for a GPU's many programs.
+likes few large gathers, spans of tokens for a GPU's many programs. Each has a product with A
+(`shrink`) and one with B (`expand`), between which devices that share an adapter meet (`meeting`).
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.launch import OFF, Kernels
 from pallas_kernels.lora import reference, segments
 from pallas_kernels.lora.finish import Finish, finish_sum
+from pallas_kernels.lora.meeting import Meeting
 from pallas_kernels.lora.pieces import column_block
 
 Work = reference.BlockWork | segments.SegmentWork
 Shape = reference.BlockShape | segments.SegmentShape
 
 
-def work_shape(tokens: int, max_rank: int, kernels: Kernels, *, prefill: bool) -> Shape:
-    """How a bucket's work is cut for the implementation that walks it."""
+def work_shape(
+    tokens: int, max_rank: int, kernels: Kernels, *, prefill: bool, peers: int = 1
+) -> Shape:
+    """How a bucket's work is cut for the implementation that walks it.
+
+    Args:
+        peers: devices that share the ranks of some modules (`Meeting.peers`).
+    """
     if kernels.lora == "reference":
         return reference.block_shape(tokens, prefill=prefill)
-    return segments.segment_shape(tokens, max_rank, prefill=prefill)
+    return segments.segment_shape(tokens, max_rank, prefill=prefill, peers=peers)
 
 
 def check(implementation: str, rows: tuple[tuple[int, int], ...], page: int) -> None:
@@ -51,6 +63,7 @@ def add_lora(
     kernels: Kernels,
     finish: Finish = Finish.SUM,
     stream: Float[Array, "T out"] | None = None,
+    meeting: Meeting | None = None,
 ) -> Float[Array, "T out"]:
     """Add the deltas of modules that read the same input to their fused base output.
 
@@ -63,29 +76,41 @@ def add_lora(
         widths: of each module's output; they add up to the columns of y.
         finish: what is made of the sums.
         stream: what they are added to when that is `RESIDUAL`.
+        meeting: of devices that have parts of the factors. Where those of A are columns, y is a
+            part of a sum too, and `widths` are of the columns that this device has B for.
 
     Returns:
         as `Finish` says.
     """
     if kernels.lora == OFF:
-        return finish_sum(y, x, finish, stream)
-    if isinstance(work, reference.BlockWork):
-        assert isinstance(shape, reference.BlockShape), f"{shape} for {kernels.lora}"
-        y = reference.add_lora(
-            y, x, pages, first_page, layer, work, modules=modules, widths=widths, shape=shape
-        )
-        return finish_sum(y, x, finish, stream)
-    assert isinstance(shape, segments.SegmentShape), f"{shape} for {kernels.lora}"
+        return finish_sum(y, finish, stream, x.dtype)
+    lists: dict[str, Any] = dict(pages=pages, first_page=first_page, layer=layer, work=work)
+    of: dict[str, Any] = dict(modules=modules, widths=widths)
+    then: dict[str, Any] = dict(finish=finish, stream=stream, dtype=x.dtype)
+    if meeting is None and isinstance(shape, reference.BlockShape):
+        return reference.add_lora(y, x, **lists, **of, shape=shape, **then)
+    shrink, expand = _implementation(kernels)
+    if isinstance(shape, segments.SegmentShape):
+        shape = shape._replace(peers=1 if meeting is None else meeting.peers)
+    low, first = shrink(x, **lists, modules=modules, shape=shape), None
+    if meeting is not None:
+        if isinstance(shape, segments.SegmentShape):
+            low, shape = segments.sum_splits(low, shape)
+        low = meeting.meet(low)
+        first = meeting.first_column(sum(widths))
+    assert first is None or finish is Finish.SUM, f"{finish} of a part of a sum"
+    return expand(y, low, **lists, **of, shape=shape, **then, first=first)
+
+
+def _implementation(kernels: Kernels) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """Its products with A and with B."""
+    if kernels.lora == "reference":
+        return reference.shrink, reference.expand
     if kernels.lora == "triton":
         from pallas_kernels.lora import triton
 
-        return triton.add_lora(
-            y, x, pages, first_page, layer, work, modules=modules, widths=widths, shape=shape,
-            finish=finish, stream=stream,
-        )  # fmt: skip
+        return triton.shrink, triton.expand
     from pallas_kernels.lora import pallas
 
-    return pallas.add_lora(
-        y, x, pages, first_page, layer, work, modules=modules, widths=widths, shape=shape,
-        finish=finish, stream=stream, interpret=kernels.interpret,
-    )  # fmt: skip
+    interpreted = partial(partial, interpret=kernels.interpret)
+    return interpreted(pallas.shrink), interpreted(pallas.expand)

@@ -8,6 +8,7 @@ from enum import Enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -23,15 +24,15 @@ class Finish(Enum):
 
 def finish_sum(
     y: Float[Array, "T out_all"],
-    x: Float[Array, "T in"],
     finish: Finish,
     stream: Float[Array, "T out"] | None,
+    dtype: np.dtype,
 ) -> Float[Array, "T out"]:
-    """The same in jax.numpy, of a sum that is done; results have the dtype of the input x."""
+    """The same in jax.numpy, of a sum that is done; `dtype` is that of rounded results."""
     if finish is Finish.SUM:
         return y
     if finish is Finish.GATED:
         gate, up = jnp.split(y, 2, axis=-1)
-        return (jax.nn.silu(gate) * up).astype(x.dtype)
+        return (jax.nn.silu(gate) * up).astype(dtype)
     assert stream is not None, "nothing to add the sum to"
     return stream + y.astype(stream.dtype)

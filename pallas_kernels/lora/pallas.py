@@ -37,8 +37,7 @@ Ref = Any
 """An array in device memory, as kernels are given it; Pallas has no public type for that."""
 
 
-def add_lora(
-    y: Float[Array, "T out_all"],
+def shrink(
     x: Float[Array, "T in"],
     pages: Float[Array, "pages S 2 K D"],
     first_page: Scalar,
@@ -46,32 +45,14 @@ def add_lora(
     work: SegmentWork,
     *,
     modules: tuple[int, ...],
-    widths: tuple[int, ...],
-    shape: SegmentShape,
-    finish: Finish = Finish.SUM,
-    stream: Float[Array, "T out"] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "T out"]:
-    """As `pallas_kernels.lora.api.add_lora`; `interpret` runs the kernels as XLA operations."""
-    where = jnp.stack([first_page, layer])
-    low = _shrink(x, pages, where, work, modules=modules, shape=shape, interpret=interpret)
-    return _expand(
-        y, low, pages, where, work, modules=modules, widths=widths, shape=shape,
-        finish=finish, stream=stream, dtype=x.dtype, interpret=interpret,
-    )  # fmt: skip
-
-
-def _shrink(
-    x: Float[Array, "T in"],
-    pages: Float[Array, "pages S 2 K D"],
-    where: Int32[Array, "2"],
-    work: SegmentWork,
-    *,
-    modules: tuple[int, ...],
     shape: SegmentShape,
     interpret: bool,
-) -> Float[Array, " splits*modules*low"]:
-    """The low-rank products of all pairs: `shape.low` numbers for each split and module."""
+) -> Float[Array, " splits*modules*share"]:
+    """The low-rank products of all pairs: `shape.share` numbers for each split and module.
+
+    Args:
+        interpret: run the kernel as XLA operations.
+    """
     page = math.prod(pages.shape[1:])
     tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
     check_blocks(pages.size, tiles.columns)
@@ -82,20 +63,21 @@ def _shrink(
     )  # fmt: skip
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((shape.splits * len(modules) * shape.low,), np.float32),
+        out_shape=jax.ShapeDtypeStruct((shape.splits * len(modules) * shape.share,), np.float32),
         grid=(programs,),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="lora_shrink",
-    )(where, work.pairs, work.total, work.table, work.page_list,
+    )(jnp.stack([first_page, layer]), work.pairs, work.total, work.table, work.page_list,
       pages.reshape(-1, tiles.columns), x)  # fmt: skip
 
 
-def _expand(
+def expand(
     y: Float[Array, "T out_all"],
-    low: Float[Array, " splits*modules*low"],
+    low: Float[Array, "*peers splits*modules*share"],
     pages: Float[Array, "pages S 2 K D"],
-    where: Int32[Array, "2"],
+    first_page: Scalar,
+    layer: Scalar,
     work: SegmentWork,
     *,
     modules: tuple[int, ...],
@@ -104,10 +86,15 @@ def _expand(
     finish: Finish,
     stream: Float[Array, "T out"] | None,
     dtype: np.dtype,
+    first: Scalar | None,
     interpret: bool,
 ) -> Float[Array, "T out"]:
-    """What `finish` makes of the base output and all that the pairs add to it."""
-    assert sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
+    """What `finish` makes of the base output and all that the pairs add to it.
+
+    Args:
+        first: where the modules' columns begin in a y that is wider.
+    """
+    assert first is not None or sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
     page = math.prod(pages.shape[1:])
     tiles = expand_tiles(widths, page, shape, pages.dtype)
     check_blocks(pages.size, tiles.columns)
@@ -117,8 +104,10 @@ def _expand(
         rows=tuple(in_blocks(width, page, tiles.columns) for width in widths),
         shape=shape, tiles=tiles, programs=programs, finish=finish,
     )  # fmt: skip
+    own = [] if first is None else [lax.div(first, jnp.int32(tiles.columns))]
+    where = jnp.stack([first_page, layer, *own])
     operands = [where, work.pairs, work.total, work.table, work.scale, work.page_list,
-                pages.reshape(-1, tiles.columns), low, y]  # fmt: skip
+                pages.reshape(-1, tiles.columns), low.reshape(-1), y]  # fmt: skip
     if finish is Finish.GATED:
         out, aliases = jax.ShapeDtypeStruct((len(y), widths[0]), dtype), {}
     else:
@@ -165,8 +154,8 @@ def _shrink_kernel(
                 rows.page,
             )
             product = _low_rank(x, factor, token, first, end, rows)
-            base = (split * len(modules) + module) * shape.low + _pair(pairs, i, "low")
-            at = base + token[:, None] * _pair(pairs, i, "stride") + rank[None, :]
+            base = (split * len(modules) + module) * shape.share
+            at = base + _places(pairs, i, token, shape) + rank[None, :]
             mask = (token < _pair(pairs, i, "tokens"))[:, None] & (rank < ranks)[None, :]
             plgpu.store(low.at[at], product, mask=mask)
 
@@ -217,6 +206,8 @@ def _expand_kernel(
     blocks = rows[0].row if finish is Finish.GATED else starts[-1]
 
     def place(head: Scalar, tile: Scalar) -> tuple[Array, Array]:
+        if len(where) == 3:  # the modules' columns are a part of y
+            tile = tile + where[2]
         mine = (_pair(pairs, head, "start") + token)[:, None]
         return mine, (tile * tiles.columns + lane)[None, :]
 
@@ -232,7 +223,8 @@ def _expand_kernel(
 
         def add_pair(i: Scalar, found: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
             start = _address(table, where[1], which, i, "b") * piece
-            ranks = _address(table, where[1], which, i, "rank")
+            share = _address(table, where[1], which, i, "rank")
+            ranks = share * shape.peers
 
             def add_ranks(n: Scalar, total: Array) -> Array:
                 rank = n * tiles.ranks + jnp.arange(tiles.ranks)
@@ -240,7 +232,7 @@ def _expand_kernel(
                     pool, page_list, where[0], pairs, i, start + rank * row, rank < ranks,
                     rows[0].page,
                 )  # fmt: skip
-                product = _sum_parts(low, module, len(modules), factor, rank, shape)
+                product = _sum_parts(low, module, len(modules), factor, rank, share, shape)
                 product = product * scale[where[1], which, i]
                 return total + _dot(product.astype(pool.dtype), factor.read(factor.place(column)))
 
@@ -271,18 +263,31 @@ def _expand_kernel(
 
 def _sum_parts(
     low: Ref, module: Scalar, modules: int, factor: "_Factor", rank: Int32[Array, " ranks"],
-    shape: SegmentShape,
+    share: Scalar, shape: SegmentShape,
 ) -> Float[Array, "span ranks"]:  # fmt: skip
-    """A pair's low-rank products, the parts of their sums added in order."""
+    """A pair's low-rank products, the parts of their sums added in order.
+
+    Those of all peers lie behind each other, each of a `share` of the ranks.
+    """
     token = jnp.arange(shape.span)
-    pair = partial(_pair, factor.pairs, factor.i)
-    mask = (token < pair("tokens"))[:, None] & factor.real[None, :]
-    at = pair("low") + token[:, None] * pair("stride") + rank[None, :]
+    mask = (token < _pair(factor.pairs, factor.i, "tokens"))[:, None] & factor.real[None, :]
+    if shape.peers > 1:
+        peer = lax.div(rank, jnp.full_like(rank, share))
+        rank = rank + peer * (shape.splits * modules * shape.share - share)
+    at = _places(factor.pairs, factor.i, token, shape) + rank[None, :]
     parts = [
-        plgpu.load(low.at[at + (split * modules + module) * shape.low], mask=mask, other=0)
+        plgpu.load(low.at[at + (split * modules + module) * shape.share], mask=mask, other=0)
         for split in range(shape.splits)
     ]
     return sum(parts[1:], parts[0])
+
+
+def _places(
+    pairs: Ref, i: Scalar, token: Int32[Array, " span"], shape: SegmentShape
+) -> Int32[Array, "span 1"]:
+    """Where a device's products of each of a pair's tokens begin."""
+    low, stride = (_divide(_pair(pairs, i, name), shape.peers)[0] for name in ("low", "stride"))
+    return low + token[:, None] * stride
 
 
 class _Factor(NamedTuple):
@@ -345,6 +350,8 @@ def _pick(choices: Sequence[int], index: Scalar) -> Scalar:
 
 def _divide(a: Array, b: int) -> tuple[Array, Array]:
     """Quotient and remainder of numbers that are not negative."""
+    if b == 1:
+        return a, jnp.zeros_like(a)
     return lax.div(a, jnp.full_like(a, b)), lax.rem(a, jnp.full_like(a, b))
 
 

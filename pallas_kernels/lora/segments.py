@@ -29,16 +29,32 @@ class SegmentShape(NamedTuple):
         span: tokens of a pair at most, a power of two and at least 16 (a matrix unit's rows).
         splits: parts that the sum over a row of A is cut in; the expand kernel adds them in order.
         low: numbers of the low-rank product of one module and one split at most.
+        peers: devices that share the ranks of a module. All places in the low-rank product are
+            multiples of it, so that a device's share is laid out alike, in `1 / peers` of the room.
     """
 
     span: int
     splits: int
     low: int
+    peers: int = 1
+
+    @property
+    def share(self) -> int:
+        """Numbers that one of the peers makes."""
+        return self.low // self.peers
 
 
-def segment_shape(tokens: int, max_rank: int, *, prefill: bool) -> SegmentShape:
+def segment_shape(tokens: int, max_rank: int, *, prefill: bool, peers: int = 1) -> SegmentShape:
     """Decode has little work for many processors, so a row's sum is split; prefill has enough."""
-    return SegmentShape(64 if prefill else 16, 1 if prefill else 8, tokens * max_rank)
+    ranks = -(-max_rank // peers) * peers
+    return SegmentShape(64 if prefill else 16, 1 if prefill else 8, tokens * ranks, peers)
+
+
+def sum_splits(
+    low: Float[Array, " splits*n"], shape: SegmentShape
+) -> tuple[Float[Array, " n"], SegmentShape]:
+    """The parts of low-rank products added up, before they are sent to other devices."""
+    return low.reshape(shape.splits, -1).sum(axis=0), shape._replace(splits=1)
 
 
 class Pair(NamedTuple):
@@ -49,7 +65,7 @@ class Pair(NamedTuple):
         chain: pairs of the span if this is its first, which the others follow; 0 in those.
         low: where its low-rank product begins; that of a token and rank lies
             `token * stride + rank` behind.
-        stride: the adapter's highest rank in any layer and module.
+        stride: the adapter's highest rank in any layer and module, of all devices together.
         pages: where its pages begin in the page list.
         split: 1 when its pages do not follow each other.
     """
@@ -69,6 +85,7 @@ class Address(NamedTuple):
 
     `a` and `b` are where the factors start, in pieces of the factor's width (`piece_width`),
     counted from the layer's page 0, or, when the pair is `split`, from the adapter's own start.
+    Where devices share the ranks, `rank` is one's share, and B has the rows of all in turn.
     """
 
     a: Int32[Array, ""]

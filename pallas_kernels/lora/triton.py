@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.launch import import_jax_triton
@@ -20,9 +21,35 @@ from pallas_kernels.lora.segments import SegmentShape, SegmentWork
 from pallas_kernels.lora.tiles import Tiles, check_blocks, expand_tiles, in_blocks, shrink_tiles
 
 
-def add_lora(
-    y: Float[Array, "T out_all"],
+def shrink(
     x: Float[Array, "T in"],
+    pages: Float[Array, "pages S 2 K D"],
+    first_page: Int32[Array, ""],
+    layer: Int32[Array, ""],
+    work: SegmentWork,
+    *,
+    modules: tuple[int, ...],
+    shape: SegmentShape,
+) -> Float[Array, " splits*modules*share"]:
+    """The low-rank products of all pairs: `shape.share` numbers for each split and module."""
+    call = import_jax_triton().triton_call
+    from pallas_kernels.lora import triton_kernels
+
+    where, page = jnp.stack([first_page, layer]), math.prod(pages.shape[1:])
+    tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
+    check_blocks(pages.size, tiles.columns)
+    return call(
+        where, work.pairs, work.total, work.table, work.page_list, pages, x,
+        kernel=triton_kernels.shrink, name="lora_shrink",
+        out_type=jax.ShapeDtypeStruct((low_numbers(modules, shape),), np.float32),
+        grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
+        **shrink_constants(x.shape[1], page, work, modules, shape, tiles, tiles.programs),
+    )  # fmt: skip
+
+
+def expand(
+    y: Float[Array, "T out_all"],
+    low: Float[Array, "*peers splits*modules*share"],
     pages: Float[Array, "pages S 2 K D"],
     first_page: Int32[Array, ""],
     layer: Int32[Array, ""],
@@ -31,45 +58,46 @@ def add_lora(
     modules: tuple[int, ...],
     widths: tuple[int, ...],
     shape: SegmentShape,
-    finish: Finish = Finish.SUM,
-    stream: Float[Array, "T out"] | None = None,
+    finish: Finish,
+    stream: Float[Array, "T out"] | None,
+    dtype: np.dtype,
+    first: Int32[Array, ""] | None,
 ) -> Float[Array, "T out"]:
-    """As `pallas_kernels.lora.api.add_lora`."""
+    """What `finish` makes of the base output and all that the pairs add to it.
+
+    Args:
+        first: where the modules' columns begin in a y that is wider.
+    """
     call = import_jax_triton().triton_call
     from pallas_kernels.lora import triton_kernels
 
-    assert sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
-    where, page = jnp.stack([first_page, layer]), math.prod(pages.shape[1:])
-    tiles = shrink_tiles(x.shape[1], page, shape, pages.dtype)
-    check_blocks(pages.size, tiles.columns)
-    low = call(
-        where, work.pairs, work.total, work.table, work.page_list, pages, x,
-        kernel=triton_kernels.shrink, name="lora_shrink",
-        out_type=jax.ShapeDtypeStruct((low_numbers(modules, shape),), np.float32),
-        grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
-        **shrink_constants(x.shape[1], page, work, modules, shape, tiles, tiles.programs),
-    )  # fmt: skip
+    assert first is not None or sum(widths) == y.shape[1], f"{widths} in {y.shape[1]} columns"
+    page = math.prod(pages.shape[1:])
     tiles = expand_tiles(widths, page, shape, pages.dtype)
     check_blocks(pages.size, tiles.columns)
-    expand = partial(
+    own = [] if first is None else [lax.div(first, jnp.int32(tiles.columns))]
+    where = jnp.stack([first_page, layer, *own])
+    run = partial(
         call, where, work.pairs, work.total, work.table, work.scale, work.page_list, pages, low,
         name="lora_expand", grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
-        **expand_constants(widths, page, work, modules, shape, tiles, tiles.programs),
+        **expand_constants(
+            widths, y.shape[1], page, work, modules, shape, tiles, tiles.programs
+        ),
     )  # fmt: skip
-    into = partial(expand, y, kernel=triton_kernels.expand_into, FINISH=finish.value)
+    into = partial(run, y, kernel=triton_kernels.expand_into, FINISH=finish.value)
     if finish is Finish.GATED:
-        return into(out_type=jax.ShapeDtypeStruct((len(y), widths[0]), x.dtype))
+        return into(out_type=jax.ShapeDtypeStruct((len(y), widths[0]), dtype))
     out = jax.new_ref(y if stream is None else stream)
     if finish is Finish.RESIDUAL:
         into(out, out_type=())
     else:
-        expand(out, kernel=triton_kernels.expand, out_type=())
+        run(out, kernel=triton_kernels.expand, out_type=())
     return jax.freeze(out)
 
 
 def low_numbers(modules: tuple[int, ...], shape: SegmentShape) -> int:
     """Numbers of the low-rank products that the shrink kernel writes."""
-    return shape.splits * len(modules) * shape.low
+    return shape.splits * len(modules) * shape.share
 
 
 def shrink_constants(
@@ -84,13 +112,15 @@ def shrink_constants(
 
 
 def expand_constants(
-    widths: tuple[int, ...], page: int, work: SegmentWork, modules: tuple[int, ...],
+    widths: tuple[int, ...], y_width: int, page: int, work: SegmentWork, modules: tuple[int, ...],
     shape: SegmentShape, tiles: Tiles, programs: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What the expand kernel is compiled for."""
+    assert y_width % tiles.columns == 0, f"{y_width} columns in blocks of {tiles.columns}"
     rows = [in_blocks(width, page, tiles.columns) for width in widths]
     return dict(
         TILES=(0, *accumulate(row.row for row in rows)),
+        WIDTH=y_width // tiles.columns,
         ROWS=tuple(row.row for row in rows),
         PIECES=tuple(row.piece for row in rows),
         **_constants(work, modules, shape, tiles, page, programs),
@@ -106,5 +136,5 @@ def _constants(
     return dict(
         MODULES=modules, ALL_MODULES=all_modules, PAIRS=pairs, PAGE=page // tiles.columns,
         SPAN=shape.span, RANKS=tiles.ranks, COLUMNS=tiles.columns,
-        SPLITS=shape.splits, LOW=shape.low, PROGRAMS=programs,
+        SPLITS=shape.splits, LOW=shape.share, PEERS=shape.peers, PROGRAMS=programs,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def shrink(
     MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, PAIRS: tl.constexpr,
     ROW: tl.constexpr, PIECE: tl.constexpr, PAGE: tl.constexpr,
     SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, LOW: tl.constexpr, PROGRAMS: tl.constexpr,
+    SPLITS: tl.constexpr, LOW: tl.constexpr, PEERS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Write the low-rank products; an item is a pair, a module, and a part of the columns."""
     part: tl.constexpr = (ROW + SPLITS - 1) // SPLITS
@@ -69,8 +69,9 @@ def shrink(
                     inputs = tl.load(mine + columns, mask=ours, other=0.0)
                     factor = tl.load(numbers + c * COLUMNS, mask=real[:, None], other=0.0)
                     total = tl.dot(inputs, tl.trans(factor), total, input_precision="ieee")
-            base = (split * len(MODULES) + module) * LOW + tl.load(pair + PRODUCTS)
-            products = low + base + token[:, None] * tl.load(pair + STRIDE) + rank[None, :]
+            base = (split * len(MODULES) + module) * LOW + tl.load(pair + PRODUCTS) // PEERS
+            stride = tl.load(pair + STRIDE) // PEERS
+            products = low + base + token[:, None] * stride + rank[None, :]
             tl.store(products, total, mask=ours & real[None, :])
 
 
@@ -79,14 +80,14 @@ def expand(
     where, pairs, count, table, scale, page_list, pool, low, y,
     MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, PAIRS: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr,
-    SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, LOW: tl.constexpr, PROGRAMS: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, LOW: tl.constexpr, PEERS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Add to y, in its place."""
     _expand(
         where, pairs, count, table, scale, page_list, pool, low, y, y,
-        MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, SPAN, RANKS, COLUMNS,
-        SPLITS, LOW, PROGRAMS, "sum",
+        MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, WIDTH, SPAN, RANKS, COLUMNS,
+        SPLITS, LOW, PEERS, PROGRAMS, "sum",
     )  # fmt: skip
 
 
@@ -95,15 +96,15 @@ def expand_into(
     where, pairs, count, table, scale, page_list, pool, low, y, out,
     MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, PAIRS: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr,
-    SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, LOW: tl.constexpr, PROGRAMS: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, LOW: tl.constexpr, PEERS: tl.constexpr, PROGRAMS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
     """Make something else of the sums: `out` is the stream ("residual"), or new ("gated")."""
     _expand(
         where, pairs, count, table, scale, page_list, pool, low, y, out,
-        MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, SPAN, RANKS, COLUMNS,
-        SPLITS, LOW, PROGRAMS, FINISH,
+        MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, WIDTH, SPAN, RANKS, COLUMNS,
+        SPLITS, LOW, PEERS, PROGRAMS, FINISH,
     )  # fmt: skip
 
 
@@ -112,14 +113,16 @@ def _expand(
     where, pairs, count, table, scale, page_list, pool, low, y, out,
     MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, PAIRS: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr,
-    SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, LOW: tl.constexpr, PROGRAMS: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, LOW: tl.constexpr, PEERS: tl.constexpr, PROGRAMS: tl.constexpr,
     FINISH: tl.constexpr,
 ):  # fmt: skip
     """An item is a span of tokens and a column block of `out`; it walks the span's chain.
 
-    TILES are the column blocks of y at which modules begin, and at which the last one ends.
+    TILES are the column blocks at which modules begin, and at which the last one ends. Where y is
+    wider (WIDTH), they count from where this device's own begin in it, the third of `where`.
     """
+    wide: tl.constexpr = TILES[1] if FINISH == "gated" else WIDTH
     tiles: tl.constexpr = TILES[1] if FINISH == "gated" else TILES[len(MODULES)]
     token = tl.arange(0, SPAN)
     lane = tl.arange(0, COLUMNS)
@@ -128,14 +131,14 @@ def _expand(
         head = w // tiles
         result, ranks = _sums(
             where, pairs, table, scale, page_list, pool, low, y, head, tile,
-            MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, SPAN, RANKS, COLUMNS,
-            SPLITS, LOW, FINISH,
+            MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, WIDTH, SPAN, RANKS, COLUMNS,
+            SPLITS, LOW, PEERS, FINISH,
         )  # fmt: skip
         if FINISH == "gated":
             up, _ = _sums(
                 where, pairs, table, scale, page_list, pool, low, y, head, tile + tiles,
-                MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, SPAN, RANKS, COLUMNS,
-                SPLITS, LOW, FINISH,
+                MODULES, ALL_MODULES, PAIRS, TILES, ROWS, PIECES, PAGE, WIDTH, SPAN, RANKS, COLUMNS,
+                SPLITS, LOW, PEERS, FINISH,
             )  # fmt: skip
             result = result / (1 + tl.exp(-result)) * up
         ours = token < tl.load(pairs + head * PAIR + TOKENS)
@@ -143,7 +146,8 @@ def _expand(
         if FINISH == "sum":
             ours = ours & (ranks > 0)
         mine = (tl.load(pairs + head * PAIR + START) + token).to(tl.int64)[:, None]
-        at = out + mine * (tiles * COLUMNS) + tile * COLUMNS + lane[None, :]
+        column = tile if TILES[len(MODULES)] == WIDTH else tile + tl.load(where + 2)
+        at = out + mine * (wide * COLUMNS) + column * COLUMNS + lane[None, :]
         if FINISH == "residual":
             before = tl.load(at, mask=ours[:, None], other=0.0)
             result = before.to(tl.float32) + result.to(before.dtype).to(tl.float32)
@@ -155,8 +159,8 @@ def _sums(
     where, pairs, table, scale, page_list, pool, low, y, head, tile,
     MODULES: tl.constexpr, ALL_MODULES: tl.constexpr, PAIRS: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, PAGE: tl.constexpr,
-    SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr, LOW: tl.constexpr, FINISH: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr, LOW: tl.constexpr, PEERS: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     """A block of base output with the deltas of a chain, and the ranks of these."""
     token = tl.arange(0, SPAN)
@@ -171,14 +175,19 @@ def _sums(
     for i in range(head, head + tl.load(pairs + head * PAIR + CHAIN)):
         pair = pairs + i * PAIR
         address = table + (lists + i) * ADDRESS
-        ranks = tl.load(address + RANK)
+        share = tl.load(address + RANK)
+        ranks = share * PEERS
         all_ranks += ranks
         for from_rank in range(0, ranks, RANKS):
             rank = from_rank + tl.arange(0, RANKS)
             real = rank < ranks
             mask = (token < tl.load(pair + TOKENS))[:, None] & real[None, :]
-            at = module * LOW + tl.load(pair + PRODUCTS)
-            products = low + at + token[:, None] * tl.load(pair + STRIDE) + rank[None, :]
+            at = module * LOW + tl.load(pair + PRODUCTS) // PEERS
+            made = rank
+            if PEERS > 1:  # by one of them after the other, each its share
+                made += rank // share * (SPLITS * len(MODULES) * LOW - share)
+            stride = tl.load(pair + STRIDE) // PEERS
+            products = low + at + token[:, None] * stride + made[None, :]
             product = tl.load(products, mask=mask, other=0.0)
             for split in tl.static_range(1, SPLITS):
                 part = tl.load(products + split * len(MODULES) * LOW, mask=mask, other=0.0)
@@ -190,7 +199,8 @@ def _sums(
             scaled = (product * tl.load(scale + lists + i)).to(factor.dtype)
             delta = tl.dot(scaled, factor, delta, input_precision="ieee")
     mine = (tl.load(pairs + head * PAIR + START) + token).to(tl.int64)[:, None]
-    at = y + mine * (TILES[len(MODULES)] * COLUMNS) + tile * COLUMNS + lane[None, :]
+    own = tile if TILES[len(MODULES)] == WIDTH else tile + tl.load(where + 2)
+    at = y + mine * (WIDTH * COLUMNS) + own * COLUMNS + lane[None, :]
     ours = token < tl.load(pairs + head * PAIR + TOKENS)
     if FINISH == "sum":
         ours = ours & (all_ranks > 0)

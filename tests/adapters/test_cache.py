@@ -18,6 +18,7 @@ from stores import F32, PAGE, Stores
 
 from jslora.adapters.cache import PackedCache
 from jslora.errors import ConfigError
+from jslora.split import Split
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DIGESTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(8)]
@@ -25,7 +26,7 @@ DIGESTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(8)]
 
 def draw(n_pages: int = 2, seed: int = 0, dtype: np.dtype = F32) -> np.ndarray:
     random = np.random.default_rng(seed)
-    return random.normal(size=(MODEL.layers, n_pages, PAGE)).astype(dtype)
+    return random.normal(size=(1, MODEL.layers, n_pages, PAGE)).astype(dtype)
 
 
 def file_of(stores: Stores, digest: str) -> Path:
@@ -44,6 +45,22 @@ def test_a_blob_comes_back_bit_for_bit_after_a_restart(tmp_path: Path, dtype: np
     assert found.ctypes.data % 64 == 0  # XLA:CPU takes it as it is
     assert cache.size(DIGESTS[0]) > blob.nbytes and cache.size(DIGESTS[1]) == 0
     assert cache.load(DIGESTS[1], 2) is None
+
+
+def test_devices_that_hold_other_parts_have_folders_of_their_own(stores: Stores) -> None:
+    blob = draw()
+    stores.cache().store(DIGESTS[0], blob)
+    halves = [
+        PackedCache(stores.cache_folder, MODEL, PAGE, F32, 2**30, Split(2, fully), devices)
+        for fully in (False, True)
+        for devices in (range(0, 1), range(1, 2), None)
+    ]
+    assert [cache.load(DIGESTS[0], 2) for cache in halves] == [None] * 6
+    blobs = [blob + i for i in range(5)] + [np.concatenate([blob, -blob])]
+    for cache, other in zip(halves[:2] + halves[3:], blobs[:2] + blobs[3:], strict=True):
+        cache.store(DIGESTS[0], other)
+    for cache, other in zip(halves[:2] + halves[3:], blobs[:2] + blobs[3:], strict=True):
+        np.testing.assert_array_equal(cache.load(DIGESTS[0], 2), other)
 
 
 def test_the_file_is_one_that_numpy_reads(stores: Stores) -> None:

@@ -10,10 +10,11 @@ from adapter_folders import DTYPES, MODEL, every_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jslora.adapters.layout import PackedAdapter, pack, piece_width, unpack
+from jslora.adapters.layout import PackedAdapter, lay_out, pack, piece_width, unpack
 from jslora.adapters.peft import Adapter, Factors
 from jslora.errors import AdapterRejected
 from jslora.model.config import GROUPS, MODULES, ModelConfig
+from jslora.split import Split
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
@@ -35,16 +36,22 @@ def _adapter(
     return Adapter(factors=factors, digest="d", base_model=None, bytes=0, warnings=())
 
 
-models = st.builds(
-    lambda heads, kv, dim, hidden, feed, layers: dataclasses.replace(
+def _model(
+    heads: int, kv: int, dim: int, hidden: int, feed: int, layers: int, devices: int = 1
+) -> ModelConfig:
+    """One whose every width divides by `devices`."""
+    return dataclasses.replace(
         MODEL,
-        heads=heads * kv,
-        kv_heads=kv,
+        heads=heads * kv * devices,
+        kv_heads=kv * devices,
         head_dim=dim,
-        hidden=hidden,
-        feed_forward=feed,
+        hidden=hidden * devices,
+        feed_forward=feed * devices,
         layers=layers,
-    ),
+    )
+
+
+DIMENSIONS = (
     st.integers(1, 3),
     st.integers(1, 3),
     st.sampled_from([2, 8, 16, 64]),
@@ -52,30 +59,41 @@ models = st.builds(
     st.sampled_from([10, 64, 176]),
     st.integers(1, 4),
 )
+splits = st.builds(Split, st.integers(1, 5), st.booleans())
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_packing_keeps_every_number_where_the_offsets_say(data: st.DataObject) -> None:
-    model = data.draw(models)
-    page = 2 * data.draw(st.sampled_from([8, 16, 32])) * model.kv_heads * model.head_dim
+    split = data.draw(splits)
+    model = _model(*data.draw(st.tuples(*DIMENSIONS)), devices=split.devices)
+    part = split.local(model)
+    page = 2 * data.draw(st.sampled_from([8, 16, 32])) * part.kv_heads * part.head_dim
     target = st.sampled_from(every_target(model.layers))
     ranks = data.draw(st.dictionaries(target, st.integers(1, 9), min_size=1))
     saved, pool = data.draw(st.sampled_from(list(DTYPES))), data.draw(st.sampled_from([BF16, F32]))
     adapter = _adapter(ranks, model, saved)
-    packed = pack(adapter, model, page, pool)
+    packed = pack(adapter, model, page, pool, split)
 
-    assert packed.blob.dtype == pool and packed.blob.shape == (model.layers, packed.n_pages, page)
-    found = unpack(packed, model)
+    assert packed.blob.dtype == pool
+    assert packed.blob.shape == (split.devices, model.layers, packed.n_pages, page)
+    found = unpack(packed, model, split)
     assert found.keys() == ranks.keys()
     for t, factors in adapter.factors.items():
-        np.testing.assert_array_equal(found[t].a, factors.a.astype(pool))
-        np.testing.assert_array_equal(found[t].b, factors.b.astype(pool))
+        own, rank = split.rank(t[1], ranks[t]), ranks[t]
+        assert own == packed.rank[t[0], MODULES.index(t[1])]
+        assert len(found[t].a) == found[t].b.shape[1] == own * split.peers(t[1]) < rank + 5
+        np.testing.assert_array_equal(found[t].a[:rank], factors.a.astype(pool))
+        np.testing.assert_array_equal(found[t].b[:, :rank], factors.b.astype(pool))
+        assert not found[t].a[rank:].any() and not found[t].b[:, rank:].any()
         assert found[t].scale == factors.scale
-    _check_places(packed, model, page)
+    for device in range(split.devices):
+        alone = pack(adapter, model, page, pool, split, range(device, device + 1))
+        np.testing.assert_array_equal(alone.blob[0], packed.blob[device])
+    _check_places(packed, model, page, split)
 
 
-def _check_places(packed: PackedAdapter, model: ModelConfig, page: int) -> None:
+def _check_places(packed: PackedAdapter, model: ModelConfig, page: int, split: Split) -> None:
     """Order of the groups, boundaries, no overlap, zeros between, and no page too many."""
     ends = []
     for layer in range(model.layers):
@@ -86,7 +104,9 @@ def _check_places(packed: PackedAdapter, model: ModelConfig, page: int) -> None:
                 for module in group:
                     column = MODULES.index(module)
                     rank, first = packed.rank[layer, column], offsets[layer, column]
-                    row = model.widths(module)[side]
+                    row = split.rows(model, module)[side]
+                    if side == 1:
+                        rank *= split.peers(module)
                     if rank == 0:
                         assert first == packed.scale[layer, column] == 0
                         continue
@@ -96,7 +116,8 @@ def _check_places(packed: PackedAdapter, model: ModelConfig, page: int) -> None:
                     end = first + rank * row
                     assert not taken[first:end].any()
                     taken[first:end] = True
-        assert not packed.blob[layer].ravel()[~taken].any()
+        flat = packed.blob[:, layer].reshape(split.devices, -1)
+        assert not flat[:, ~taken].any()
         ends.append(end)
     assert packed.n_pages == math.ceil(max(ends) / page)
 
@@ -109,6 +130,49 @@ def test_llama_3_8b_at_rank_16_takes_40_pages() -> None:
     packed = pack(_adapter(dict.fromkeys(every_target(1), 16), model, value=1), model, 32768, BF16)
     assert packed.n_pages == 40
     assert packed.padding == 0
+
+
+def test_parts_are_what_the_products_of_a_device_take() -> None:
+    """Of a module split by outputs rows of B, of one split by inputs columns of A; and the rest."""
+    model = _model(1, 1, 2, 6, 10, 1, devices=2)  # heads of 2, 4 kv; hidden 12, feed-forward 20
+    adapter = _adapter({(0, "gate_proj"): 3, (0, "down_proj"): 3}, model)
+    gate, down = (adapter.factors[0, name] for name in ("gate_proj", "down_proj"))
+    for fully in (False, True):
+        packed = pack(adapter, model, 8, F32, Split(2, fully), range(1, 2))
+        a = np.vstack([gate.a[2:], np.zeros((1, 12))]) if fully else gate.a
+        np.testing.assert_array_equal(
+            _rows(packed, packed.a_offset, "gate_proj", a.size), a.ravel()
+        )
+        b = gate.b[10:].T
+        np.testing.assert_array_equal(
+            _rows(packed, packed.b_offset, "gate_proj", b.size), b.ravel()
+        )
+        a = down.a[:, 10:]
+        np.testing.assert_array_equal(
+            _rows(packed, packed.a_offset, "down_proj", a.size), a.ravel()
+        )
+        b = (down.b[6:] if fully else down.b).T
+        np.testing.assert_array_equal(
+            _rows(packed, packed.b_offset, "down_proj", b.size), b.ravel()
+        )
+
+
+def _rows(packed: PackedAdapter, offset: np.ndarray, module: str, n: int) -> np.ndarray:
+    return packed.blob.ravel()[offset[0, MODULES.index(module)] :][:n]
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_llama_3_8b_split_takes_1_over_n_only_if_fully(devices: int) -> None:
+    """The figures of the design: 82 pages at 4 devices and 138 at 8, each a part of one's size."""
+    model = dataclasses.replace(
+        MODEL, hidden=4096, layers=1, heads=32, kv_heads=8, head_dim=128, feed_forward=14336
+    )
+    rank, scale = np.full((1, 7), 16, np.int32), np.ones((1, 7), np.float32)
+    pages = [
+        lay_out(rank, scale, model, 32768 // devices, Split(devices, fully)).n_pages
+        for fully in (False, True)
+    ]
+    assert pages == [{2: 54, 4: 82, 8: 138}[devices], 40]
 
 
 def test_padding_is_what_smaller_layers_leave_unused() -> None:

@@ -10,10 +10,12 @@ import pytest
 from adapter_folders import CONFIG, MODEL, draw, name, tensors, write
 from stores import BLOB, F32, PAGE, Stores, blob_of, make_folder, poll, states, version_of
 
+from jslora.adapters.cache import PackedCache
 from jslora.adapters.layout import pack
 from jslora.adapters.peft import Limits, read_adapter
 from jslora.adapters.store import MAX_FAILURES, AdapterStore
 from jslora.errors import AdapterRejected, Unavailable, UnknownModel
+from jslora.split import Split
 
 # Finding and loading -----------------------------------------------------------------------------
 
@@ -42,6 +44,28 @@ def test_discovery_is_sorted_and_skips_what_cannot_be_served(
     for part in ("folder base", "folder bad name", "folder -dash", "alpha is skipped", "absent"):
         assert part in caplog.text
     assert "escape" not in found
+
+
+def test_a_split_adapter_is_reported_whole(stores: Stores) -> None:
+    """A process with one of two devices keeps half of the bytes, and tells the true rank."""
+    folder = make_folder(stores.root, "sql", target_modules=["q_proj", "down_proj"])
+    whole = stores().load("sql").result()
+    split, devices = Split(2, fully=True), range(1, 2)
+    cache = PackedCache(stores.cache_folder, MODEL, PAGE // 2, F32, 2**30, split, devices)
+    limits: Any = {"limits": Limits(), "host_cache_bytes": 2**20, "base_name": "base"}
+    store = AdapterStore(
+        (stores.root,), MODEL, PAGE // 2, F32, **limits, cache=cache, split=split, devices=devices
+    )
+    stores.made.append(store)
+    part = store.load("sql").result()
+    assert (part.info.rank, part.info.modules) == (whole.info.rank, whole.info.modules)
+    assert whole.version is not None and part.version is not None
+    assert part.version.digest == whole.version.digest
+    assert 2 * part.version.rank[0, 0] == whole.version.rank[0, 0]
+    assert 2 * part.version.packed_bytes == whole.version.packed_bytes
+    adapter = read_adapter(folder, MODEL, Limits())
+    expected = pack(adapter, MODEL, PAGE // 2, F32, split, devices)
+    np.testing.assert_array_equal(blob_of(store, part), expected.blob)
 
 
 def test_a_loaded_adapter_is_packed_and_described(stores: Stores) -> None:

@@ -16,6 +16,7 @@ from jslora.aot.ptxas import Assembled
 from jslora.aot.record import Record
 from jslora.model.config import from_hf
 from jslora.sharding import AXIS
+from jslora.split import Split
 
 TINY = dict(
     architectures=["Qwen2ForCausalLM"], vocab_size=96, hidden_size=32, num_hidden_layers=3,
@@ -89,6 +90,7 @@ def test_all_programs_but_steps_are_recorded(
     }  # fmt: skip
     assert {record.what for record in found.values()} == {"program"}
     assert all(record.outside > 0 for record in found.values())
+    assert not any(record.collectives_outside for record in found.values())
     write, slots = found["write"], make_catalog(case, case.layers).slots()
     assert 0.9 * pool < write.donated == write.aliased < 1.1 * pool
     assert write.pool_copies == []
@@ -122,7 +124,8 @@ def test_kernels_whose_registers_were_not_read_are_known() -> None:
 
 def test_a_layer_is_the_difference_of_two_programs() -> None:
     def compiled(*names: str) -> build.Compiled:
-        instruction = hlo.Instruction("x", "fusion", (), (), "", False)
+        shape = hlo.Shape("f32", (4,))
+        instruction = hlo.Instruction("x", "fusion", (shape,), (), "", False)
         made = [
             launches.Launch(*name.split(), instruction, bytes=0, rewrites=False)  # type: ignore[misc]
             for name in names
@@ -133,10 +136,12 @@ def test_a_layer_is_the_difference_of_two_programs() -> None:
     small = compiled(embed, *[gemm] * 8, *[add] * 2)
     large = compiled(embed, *[gemm] * 16, *[add] * 5, late)
     layer, outside = build._difference(small, large, lambda launch: True, apart=2)
-    assert layer == {gemm: 4.0, add: 1.5, late: 0.5}
-    assert outside == {embed: 1.0, add: -1.0, late: -1.0}
+    sent = f"{late} 16"
+    assert layer == {gemm: 4.0, add: 1.5, sent: 0.5}
+    assert outside == {embed: 1.0, add: -1.0, sent: -1.0}
     layer, outside = build._difference(small, large, lambda i: i.kind == "fusion", apart=2)
     assert layer == {add: 1.5} and outside == {embed: 1.0, add: -1.0}
+    assert build._collectives(large, large, 1) == ({}, {"all-reduce 16": 1.0})
 
 
 def test_kernels_are_known_by_name_and_others_only_when_they_spill() -> None:
@@ -161,4 +166,4 @@ def test_every_device_has_a_pool_of_production_size(devices: int) -> None:
     pool: Any = catalog.pool()
     assert pool.shape[3] == 2 // devices
     assert 0.9 * POOL_BYTES < pool.size * 2 < 1.1 * POOL_BYTES
-    assert catalog.axis == (AXIS if devices > 1 else None)
+    assert catalog.split == Split(devices)

@@ -120,6 +120,19 @@ def test_bytes_are_what_shapes_tell() -> None:
     ]
 
 
+def test_a_collective_puts_out_its_results_alone() -> None:
+    before = "all-reduce-start.1 = f32[8,32]{1,0} all-reduce-start("
+    (plain,) = [i for i in found_in(TEXT) if i.kind == "collective"]
+    assert before in TEXT and launches.put_out(plain) == 8 * 32 * 4
+    for shape, size in (
+        ("((f32[8,32]{1,0}), f32[8,32]{1,0})", 8 * 32 * 4),
+        ("((f32[8,32]{1,0}), f32[4,8,32]{2,1,0})", 4 * 8 * 32 * 4),
+    ):
+        text = TEXT.replace(before, before.replace("f32[8,32]{1,0}", shape))
+        (started,) = [i for i in found_in(text) if i.kind == "collective"]
+        assert launches.put_out(started) == size
+
+
 def test_arrays_updated_in_place_are_no_new_memory() -> None:
     names = [launch.instruction.name for launch, _ in launches.arrays(found_in(TEXT))]
     assert "input_scatter_fusion" not in names and "kernel.3" not in names

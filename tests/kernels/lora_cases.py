@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import jax
 import jax.experimental.pallas  # its first import during a trace would make jit trace again
@@ -21,6 +22,7 @@ from jslora.blocks import pack_blocks
 from jslora.lora import apply_lora
 from jslora.model.config import GROUPS, MODULES, ModelConfig
 from jslora.spans import pack_spans
+from jslora.split import ONE_DEVICE, Split
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora import triton
 from pallas_kernels.lora.api import Shape, Work, work_shape
@@ -34,11 +36,12 @@ from pallas_kernels.paged_attention.cut import Cut
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, and the pages that its adapters lie in."""
+    """A model, the pages that its adapters lie in on one device, and how both are split."""
 
     config: ModelConfig
     page_shape: tuple[int, int, int, int]
     pages: int
+    split: Split = ONE_DEVICE
 
     @property
     def page(self) -> int:
@@ -46,7 +49,7 @@ class Setup:
 
     @property
     def rows(self) -> tuple[tuple[int, int], ...]:
-        return tuple(self.config.widths(module) for module in MODULES)
+        return tuple(self.split.rows(self.config, module) for module in MODULES)
 
     @property
     def slack(self) -> int:
@@ -60,6 +63,7 @@ class Setup:
             drop_page=self.config.layers * self.pages + self.slack,
             attention=Cut(query_tile=32, parts=0, span=0), rank_block=RANK_BLOCK,
             max_rank=MAX_RANK, row_lengths=self.rows,
+            peers=tuple(self.split.peers(module) for module in MODULES),
         )  # fmt: skip
 
 
@@ -72,12 +76,13 @@ def setup(
     wide: int,
     pages: int,
     page_size: int = 16,
+    split: Split = ONE_DEVICE,
 ) -> Setup:
     config = ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=8, hidden=hidden, layers=layers, heads=heads,
         kv_heads=kv, head_dim=dim, feed_forward=wide, max_positions=64,
     )  # fmt: skip
-    return Setup(config, (page_size, 2, kv, dim), pages)
+    return Setup(config, (page_size, 2, kv // split.devices, dim), pages, split)
 
 
 MAX_RANK = 256
@@ -96,32 +101,38 @@ def everywhere(rank: int) -> Ranks:
 
 @dataclass(eq=False)
 class Pool:
-    """A pool in which only what was placed is a number."""
+    """A pool in which only what was placed is a number.
+
+    `parts` are the devices' pools, and `rows` is the first one's.
+    """
 
     dtype: np.dtype
     setup: Setup = TINY
 
     def __post_init__(self) -> None:
         rows = self.setup.config.layers * self.setup.pages + self.setup.slack
-        self.rows = np.full((rows, self.setup.page), np.nan, self.dtype)
+        shape = (self.setup.split.devices, rows, self.setup.page)
+        self.parts = np.full(shape, np.nan, self.dtype)
+        self.rows = self.parts[0]
         self.taken: set[int] = {0}
         self.random = np.random.default_rng(0)
 
     def place(self, ranks: Ranks, where: str = "bottom") -> tuple[Placement, Adapter]:
         """Lay a normal adapter into pages at an end of the pool, or anywhere."""
-        config, page = self.setup.config, self.setup.page
+        config, page, split = self.setup.config, self.setup.page, self.setup.split
         adapter = self._draw(ranks)
-        packed = pack(adapter, config, page, self.dtype)
+        packed = pack(adapter, config, page, self.dtype, split)
         pages = self._choose(packed.n_pages, where)
-        blob = np.array(packed.blob).reshape(config.layers, -1)
-        for layer in range(config.layers):
-            for column, rank in enumerate(packed.rank[layer]):
-                for offset, row in zip(
-                    (packed.a_offset, packed.b_offset), self.setup.rows[column], strict=True
-                ):
-                    place = offset[layer, column] + np.arange(rank * row)
-                    rows = layer * self.setup.pages + np.array(pages)[place // page]
-                    self.rows[rows, place % page] = blob[layer, place]
+        blob = np.array(packed.blob).reshape(split.devices, config.layers, -1)
+        for layer, (column, module) in product(range(config.layers), enumerate(MODULES)):
+            rank, (wide_in, wide_out) = packed.rank[layer, column], self.setup.rows[column]
+            for offset, size in (
+                (packed.a_offset, rank * wide_in),
+                (packed.b_offset, rank * wide_out * split.peers(module)),
+            ):
+                place = offset[layer, column] + np.arange(size)
+                rows = layer * self.setup.pages + np.array(pages)[place // page]
+                self.parts[:, rows, place % page] = blob[:, layer, place]
         placement = Placement(
             f"{len(self.taken):05}", tuple(pages), packed.a_offset, packed.b_offset, packed.rank,
             packed.scale,
@@ -129,9 +140,9 @@ class Pool:
         self.taken.update(pages)
         return placement, adapter
 
-    def poison(self, placement: Placement, value: float) -> None:
+    def poison(self, placement: Placement, value: float, device: int = 0) -> None:
         for layer in range(self.setup.config.layers):
-            self.rows[layer * self.setup.pages + np.array(placement.pages)] = value
+            self.parts[device, layer * self.setup.pages + np.array(placement.pages)] = value
 
     def _draw(self, ranks: Ranks) -> Adapter:
         factors = {}
@@ -167,13 +178,16 @@ def pack_work(
     implementation: str, pool: Pool, parts: Sequence[Part], bucket: Bucket
 ) -> tuple[Work, Shape]:
     """The work list of these segments in the form that the implementation walks."""
-    shape = work_shape(bucket.tokens, MAX_RANK, kernels(implementation), prefill=bucket.prefill)
+    peers, g = max(pool.setup.geometry.peers), pool.setup.geometry
+    shape = work_shape(
+        bucket.tokens, MAX_RANK, kernels(implementation), prefill=bucket.prefill, peers=peers
+    )
     cut = [Segment(placement, start, end) for placement, _, start, end in parts]
     if isinstance(shape, BlockShape):
-        return BlockWork(*pack_blocks(cut, bucket, pool.setup.geometry, shape)), shape
+        return BlockWork(*pack_blocks(cut, bucket, g, shape)), shape
     if implementation == "triton":  # its interpreter takes milliseconds for each product
         shape = shape._replace(splits=min(shape.splits, 3))
-    return SegmentWork(*pack_spans(cut, bucket, pool.setup.geometry, shape)), shape
+    return SegmentWork(*pack_spans(cut, bucket, g, shape)), shape
 
 
 SUMS = (Finish.SUM,) * 4
@@ -209,34 +223,65 @@ def interpret_triton(
     shape: SegmentShape, finishes: tuple[Finish, ...], streams: Streams,
 ) -> list[np.ndarray]:  # fmt: skip
     """The same by the kernels in the Triton language, in Triton's interpreter."""
+    found = []
+    for group, (x, y, finish, stream) in enumerate(zip(xs, ys, finishes, streams, strict=True)):
+        low = shrink_in_triton(pool, x, 0, group, layer, work, shape)
+        found.append(expand_in_triton(pool, y, low, 0, group, layer, work, shape, finish, stream))
+    return found
+
+
+def shrink_in_triton(
+    pool: Pool, x: np.ndarray, device: int, group: int, layer: int, work: SegmentWork,
+    shape: SegmentShape,
+) -> np.ndarray:  # fmt: skip
+    """A device's low-rank products of a group."""
     from triton_numpy import launch
 
     from pallas_kernels.lora import triton_kernels
 
     page, n = pool.setup.page, INTERPRETED_PROGRAMS
-    where, found = np.array([layer * pool.setup.pages, layer], np.int32), []
-    for group, x, y, finish, stream in zip(GROUPS, xs, ys, finishes, streams, strict=True):
-        modules = tuple(MODULES.index(module) for module in group)
-        widths = tuple(pool.setup.config.widths(module)[1] for module in group)
-        low = np.full(triton.low_numbers(modules, shape), np.nan, np.float32)
-        tiles = shrink_tiles(x.shape[1], page, shape, pool.dtype)
-        launch(
-            triton_kernels.shrink, (n,),
-            where, work.pairs, work.total, work.table, work.page_list, pool.rows, x, low,
-            **triton.shrink_constants(x.shape[1], page, work, modules, shape, tiles, n),
-        )  # fmt: skip
-        tiles = expand_tiles(widths, page, shape, pool.dtype)
-        constants = triton.expand_constants(widths, page, work, modules, shape, tiles, n)
-        lists = where, work.pairs, work.total, work.table, work.scale, work.page_list, pool.rows
-        if finish is Finish.SUM:
-            out = y.copy()
-            launch(triton_kernels.expand, (n,), *lists, low, out, **constants)
-        else:
-            out = np.full((len(y), widths[0]), np.nan, x.dtype) if stream is None else stream.copy()
-            constants["FINISH"] = finish.value
-            launch(triton_kernels.expand_into, (n,), *lists, low, y, out, **constants)
-        found.append(out)
-    return found
+    modules = tuple(MODULES.index(module) for module in GROUPS[group])
+    low = np.full(triton.low_numbers(modules, shape), np.nan, np.float32)
+    tiles = shrink_tiles(x.shape[1], page, shape, pool.dtype)
+    launch(
+        triton_kernels.shrink, (n,), np.array([layer * pool.setup.pages, layer], np.int32),
+        work.pairs, work.total, work.table, work.page_list, pool.parts[device], x, low,
+        **triton.shrink_constants(x.shape[1], page, work, modules, shape, tiles, n),
+    )  # fmt: skip
+    return low
+
+
+def expand_in_triton(
+    pool: Pool, y: np.ndarray, low: np.ndarray, device: int, group: int, layer: int,
+    work: SegmentWork, shape: SegmentShape, finish: Finish, stream: np.ndarray | None,
+    first: int | None = None,
+) -> np.ndarray:  # fmt: skip
+    """A device's outputs of a group, from all products it needs; its columns begin at `first`."""
+    from triton_numpy import launch
+
+    from pallas_kernels.lora import triton_kernels
+
+    page, n = pool.setup.page, INTERPRETED_PROGRAMS
+    columns = [MODULES.index(module) for module in GROUPS[group]]
+    widths = tuple(pool.setup.rows[column][1] for column in columns)
+    tiles = expand_tiles(widths, page, shape, pool.dtype)
+    constants = triton.expand_constants(
+        widths, y.shape[1], page, work, tuple(columns), shape, tiles, n
+    )
+    where = [layer * pool.setup.pages, layer]
+    where += [] if first is None else [first // tiles.columns]
+    lists = (
+        np.array(where, np.int32), work.pairs, work.total, work.table, work.scale, work.page_list,
+        pool.parts[device],
+    )  # fmt: skip
+    if finish is Finish.SUM:
+        out = y.copy()
+        launch(triton_kernels.expand, (n,), *lists, low, out, **constants)
+        return out
+    out = np.full((len(y), widths[0]), np.nan, pool.dtype) if stream is None else stream.copy()
+    constants["FINISH"] = finish.value
+    launch(triton_kernels.expand_into, (n,), *lists, low, y, out, **constants)
+    return out
 
 
 def draw_inputs(
