@@ -1,4 +1,4 @@
-"""From the last activations of each row to its next token, on the device.
+"""From the logits of each row to its next token, on the device.
 
 Three programs: greedy; draw (penalties, bias, draws, logprobs); and filter (the same after top-k,
 top-p and min-p). None sorts the vocabulary: filters find a threshold by bisection, and a draw
@@ -104,33 +104,26 @@ def admit(
     )
 
 
-def head(h: Float[Array, "B H"], weight: Float[Array, "V H"]) -> Float[Array, "B V"]:
-    """Logits in float32."""
-    return jnp.einsum("bh,vh->bv", h, weight, preferred_element_type=jnp.float32)
-
-
 def sample_greedy(
-    h: Float[Array, "B H"], weight: Float[Array, "V H"], slots: Slots, rows: SampleRows
+    logits: Float[Array, "B V"], slots: Slots, rows: SampleRows
 ) -> tuple[Slots, Sampled]:
     """The likeliest token of each row; a row with a logit that is not a number is flagged."""
-    logits = head(h, weight)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     finite = _finite(logits)
     last = slots.last_token.at[rows.slot].set(token, mode="drop")
     ints = jnp.stack([token, finite.astype(jnp.int32)], axis=1)
-    return slots._replace(last_token=last), Sampled(ints, jnp.zeros((h.shape[0], 0), jnp.float32))
+    none = jnp.zeros((logits.shape[0], 0), jnp.float32)
+    return slots._replace(last_token=last), Sampled(ints, none)
 
 
 def sample_drawn(
-    h: Float[Array, "B H"],
-    weight: Float[Array, "V H"],
+    raw: Float[Array, "B V"],
     slots: Slots,
     rows: SampleRows,
     *,
     filters: bool,
 ) -> tuple[Slots, Sampled]:
     """Draws, and logprobs of the model's own distribution (before any setting)."""
-    raw = head(h, weight)
     logits = _adjust(raw, slots, rows)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     p = _weights(logits, rows)

@@ -12,13 +12,15 @@ layer, dispatched one behind the other: XLA:CPU compiles every layer of a whole 
 minute a bucket for 30 layers, while dispatching 30 programs costs about two milliseconds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jslora import batch, sampling
@@ -26,6 +28,8 @@ from jslora.batch import Bucket, Geometry
 from jslora.buckets import SMALLEST
 from jslora.model.config import ModelConfig
 from jslora.model.transformer import Block, Layout, StepInput, rms_norm, rope_tables
+from jslora.sharding import AXIS, splits_vocabulary
+from jslora.split import ONE_DEVICE, Split
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import Shape, Work, work_shape
 from pallas_kernels.paged_attention.rows import Rows
@@ -43,15 +47,23 @@ class Weights(NamedTuple):
 class Programs:
     """The functions to compile for one model and pool.
 
-    With an `axis` they are one device's part of a program over a mesh, and `config` and `geometry`
-    are one device's too.
+    Split over several devices they are one device's part of programs over a mesh.
+
+    Attributes:
+        config: of the whole model.
+        geometry: one device's.
     """
 
     config: ModelConfig
     dtype: jnp.dtype
     geometry: Geometry
     kernels: Kernels
-    axis: str | None = None
+    split: Split = ONE_DEVICE
+
+    @property
+    def vocabulary_axis(self) -> str | None:
+        """The mesh axis over which embedding and head are split, if they are."""
+        return AXIS if splits_vocabulary(self.config, self.split.devices) else None
 
     @cached_property
     def leaf_names(self) -> list[str]:
@@ -61,20 +73,22 @@ class Programs:
     def lora_shape(self, bucket: Bucket) -> Shape:
         """How the LoRA work of a bucket is cut."""
         rank = self.geometry.max_rank
-        return work_shape(bucket.tokens, rank, self.kernels, prefill=bucket.prefill)
+        peers = max(self.geometry.peers)
+        return work_shape(bucket.tokens, rank, self.kernels, prefill=bucket.prefill, peers=peers)
 
     def _block(self, bucket: Bucket) -> tuple[nnx.GraphDef, dict[str, tuple]]:
         """A block's structure, and the state path of each weight by its name."""
         layout = Layout(
             self.geometry.pages, bucket.prefill, self.lora_shape(bucket), self.geometry.attention,
-            self.kernels, self.axis,
+            self.kernels, self.split,
         )  # fmt: skip
-        block = nnx.eval_shape(lambda: Block(self.config, self.dtype, layout))
+        config = self.split.local(self.config)
+        block = nnx.eval_shape(lambda: Block(config, self.dtype, layout))
         graph, state = nnx.split(block)
         return graph, {str(path[0]): path for path, _ in nnx.to_flat_state(state)}
 
-    def weights(self, leaves: dict[str, jax.Array]) -> Weights:
-        """Arrange leaves by their dotted names."""
+    def weights(self, leaves: Mapping[str, Any]) -> Weights:
+        """Arrange leaves, or what stands for them, by their dotted names."""
         layers = [
             [leaves[f"layers.{layer}.{name}"] for name in self.leaf_names]
             for layer in range(self.config.layers)
@@ -110,13 +124,17 @@ class Programs:
         at = batch.views(packed, batch.int_fields(bucket, self.geometry))
         fed = last_token.at[at["fed_slot"]].get(mode="clip")
         tokens = jnp.where(at["fed_slot"] < self.geometry.slots, fed, at["token"])
+        return _embed(embed, tokens, self.vocabulary_axis), self.inputs(bucket, packed)
+
+    def inputs(self, bucket: Bucket, packed: Int32[Array, " ints"]) -> StepInput:
+        """What every layer needs of a packed step."""
+        at = batch.views(packed, batch.int_fields(bucket, self.geometry))
         rows = Rows(
             at["block_table"], at["context"], at["start"], at["length"],
             at["parts"], at["items"], at["item_count"],
         )  # fmt: skip
         cos, sin = rope_tables(self.config, at["position"])
-        inputs = StepInput(cos, sin, at["write_page"], at["write_offset"], rows, at["last"])
-        return embed.at[tokens].get(mode="clip"), inputs
+        return StepInput(cos, sin, at["write_page"], at["write_offset"], rows, at["last"])
 
     def layer(
         self,
@@ -149,14 +167,20 @@ def sample(
     slots: sampling.Slots,
     ints: Int32[Array, " ints"],
     floats: Float[Array, "6 B"],
+    *,
+    axis: str | None = None,
 ) -> tuple[sampling.Slots, sampling.Sampled]:
-    """Draw each row's token and remember it in its slot; `program` is one of `batch.SAMPLERS`."""
+    """Draw each row's token and remember it in its slot; `program` is one of `batch.SAMPLERS`.
+
+    Args:
+        axis: the mesh axis over which the head is split, if it is.
+    """
     at = batch.views(ints, batch.sample_fields(h.shape[0]))
     named = dict(zip(batch.SAMPLE_FLOATS, floats, strict=True))
-    rows = sampling.SampleRows(**at, **named)
+    rows, logits = sampling.SampleRows(**at, **named), _logits(h, head, axis)
     if program == "greedy":
-        return sampling.sample_greedy(h, head, slots, rows)
-    return sampling.sample_drawn(h, head, slots, rows, filters=program == "filter")
+        return sampling.sample_greedy(logits, slots, rows)
+    return sampling.sample_drawn(logits, slots, rows, filters=program == "filter")
 
 
 def score(
@@ -164,16 +188,39 @@ def score(
     head: Float[Array, "V H"],
     index: Int32[Array, " C"],
     target: Int32[Array, " C"],
+    *,
+    axis: str | None = None,
 ) -> sampling.Sampled:
     """Logprob of `target` after each of some tokens of a step; laid out as by `logprobs`."""
-    logits = sampling.head(x.at[index].get(mode="clip"), head)
+    logits = _logits(x.at[index].get(mode="clip"), head, axis)
     return sampling.Sampled(*sampling.logprobs(logits, target))
 
 
 def write_pages(
     pages: Float[Array, "pages S 2 K D"],
     rows: Int32[Array, " C"],
-    data: Float[Array, "C numbers"],
+    data: Float[Array, "1 C numbers"],
 ) -> Float[Array, "pages S 2 K D"]:
-    """Put whole pages into the pool; a row beyond it is dropped."""
-    return pages.at[rows].set(data.reshape(rows.shape[0], *pages.shape[1:]), mode="drop")
+    """Put whole pages into this device's part of the pool; a row beyond it is dropped."""
+    data = data.reshape(rows.shape[0], *pages.shape[1:])
+    return pages.at[rows].set(data, mode="drop")
+
+
+def _embed(
+    embed: Float[Array, "V H"], tokens: Int32[Array, " T"], axis: str | None
+) -> Float[Array, "T H"]:
+    """Rows of the embedding; over a split vocabulary, the sum of one device's row and zeros."""
+    if axis is None:
+        return embed.at[tokens].get(mode="clip")
+    own = tokens - lax.axis_index(axis) * embed.shape[0]
+    here = (own >= 0) & (own < embed.shape[0])
+    rows = embed.at[own].get(mode="clip")
+    return lax.psum(jnp.where(here[:, None], rows, 0), axis)
+
+
+def _logits(
+    h: Float[Array, "B H"], weight: Float[Array, "V H"], axis: str | None
+) -> Float[Array, "B V"]:
+    """In float32, of the whole vocabulary."""
+    logits = jnp.einsum("bh,vh->bv", h, weight, preferred_element_type=jnp.float32)
+    return logits if axis is None else lax.all_gather(logits, axis, axis=1, tiled=True)

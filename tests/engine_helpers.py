@@ -27,11 +27,16 @@ def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, **settings)
 
 
-def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
+def small_engine(tmp: Path, model: Path | None, /, **sections: Any) -> Engine:
     """An engine over a golden model's folder, with adapters below `tmp`.
 
     Engines whose `tmp` lie side by side share compiled programs.
     """
+    return Engine(small_config(tmp, model, **sections), check_ledger=True)
+
+
+def small_config(tmp: Path, model: Path | None, /, **sections: Any) -> dict[str, Any]:
+    """The configuration of a small engine."""
     config: dict[str, Any] = {
         "cache_dir": str(tmp.parent / "engine-cache"),
         "model": {"source": str(model), "dtype": "float32"} | sections.pop("model", {}),
@@ -40,7 +45,7 @@ def small_engine(tmp: Path, model: Path | None, **sections: Any) -> Engine:
         | sections.pop("adapters", {}),
         "scheduler": {"max_running": 8, "max_step_tokens": 32} | sections.pop("scheduler", {}),
     }
-    return Engine(config | sections, check_ledger=True)
+    return config | sections
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 
 from jslora.adapters.registration import Registration, Source
 from jslora.adapters.version import Version
+from jslora.calls import Chunk
 from jslora.errors import AdapterRejected
 from jslora.request import AdapterInfo
 
@@ -32,10 +33,10 @@ def make_version(number: int, n_pages: int) -> Version:
 
 
 def make_blob(version: Version) -> np.ndarray:
-    """Its packed numbers."""
+    """Its packed numbers for one device."""
     number, pages = int(version.digest), range(version.n_pages)
     blob = [[page_mark(number, layer, page) for page in pages] for layer in range(LAYERS)]
-    return np.array(blob, np.float32)
+    return np.array([blob], np.float32)
 
 
 def make_registration(version: Version, *, read: bool = True) -> Registration:
@@ -107,10 +108,11 @@ class FakeUploads:
     def __init__(self) -> None:
         self.open: deque[tuple[Future, tuple[np.ndarray, np.ndarray]]] = deque()
 
-    def __call__(self, rows: np.ndarray, data: np.ndarray) -> "Future":
-        assert len(rows) == len(data)
+    def __call__(self, chunk: Chunk) -> "Future":
+        [data] = chunk.data
+        assert len(chunk.rows) == len(data)
         future: Future = Future()
-        self.open.append((future, (rows, data)))
+        self.open.append((future, (chunk.rows, data)))
         return future
 
     def finish(self, n: int) -> None:

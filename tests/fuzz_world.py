@@ -16,8 +16,9 @@ import fingerprint
 import jax
 from engine_helpers import small_engine
 
+from jslora.calls import Chunk
+from jslora.device import Device
 from jslora.engine import Engine
-from jslora.runner import Runner
 
 CONTENTS = tuple(range(1, 13))
 """Numbers of the adapters."""
@@ -35,7 +36,7 @@ STEPS = ("step refused", "step lost", "step failed late")
 READS = ("read", "fetch")
 
 
-_compile = Runner._compile
+_compile = Device._compile
 
 
 class Wrong(AssertionError):
@@ -69,7 +70,8 @@ class Faults:
     def __init__(self, engine: Engine) -> None:
         self.countdown: Counter[str] = Counter()
         self.happened: Counter[str] = Counter()
-        self._runner = runner = engine.core.runner
+        runner = engine.core.runner
+        self._device = runner.devices
         self._execute, runner.execute = runner.execute, self._step
         residency, store = engine.core.residency, engine.core.store
         self._upload, residency.upload = residency.upload, self._transfer
@@ -86,13 +88,13 @@ class Faults:
 
         return call
 
-    def _transfer(self, rows: Any, data: Any) -> Future:
+    def _transfer(self, chunk: Chunk) -> Future:
         """`Runner.upload`: its future may fail."""
         if self._due("upload"):
             failed: Future = Future()
             failed.set_exception(RuntimeError("fault: upload"))
             return failed
-        return self._upload(rows, data)
+        return self._upload(chunk)
 
     def _due(self, *kinds: str) -> str | None:
         """Which of the kinds happens now."""
@@ -117,7 +119,7 @@ class Faults:
         return self._execute(plan)
 
     def lose_pool(self) -> None:
-        for array in jax.tree.leaves((self._runner.pages, self._runner.slots)):
+        for array in jax.tree.leaves((self._device.pages, self._device.slots)):
             array.delete()
 
 
@@ -223,7 +225,7 @@ class World:
             log = logging.getLogger("jslora")
             log.addHandler(self._handler)
             log.propagate = False  # every fault is logged with its traceback
-            with mock.patch.object(Runner, "_compile", lambda *of: self._compile(*of)):
+            with mock.patch.object(Device, "_compile", lambda *of: self._compile(*of)):
                 self.engine = small_engine(
                     self.roots, self.folder / "model",
                     pool={"pages": 40, "page_size": 8},
@@ -238,11 +240,11 @@ class World:
                 self._learn_digests(self.engine)
         return self.engine, self.faults
 
-    def _compile(self, runner: Runner, progress: Any) -> None:
+    def _compile(self, device: Device, progress: Any) -> None:
         if not self.programs:
-            _compile(runner, progress)
-            self.programs.update(runner._executables)
-        runner._executables = dict(self.programs)
+            _compile(device, progress)
+            self.programs.update(device._executables)
+        device._executables = dict(self.programs)
 
     def _learn_digests(self, engine: Engine) -> None:
         for number in CONTENTS:

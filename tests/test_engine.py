@@ -34,6 +34,7 @@ from goldens.cases import ADAPTERS
 from safetensors.numpy import load_file
 
 from jslora.batch import Bucket
+from jslora.device import Device
 from jslora.engine import Completion, Engine
 from jslora.errors import (
     AdapterRejected,
@@ -41,7 +42,6 @@ from jslora.errors import (
     UnknownModel,
 )
 from jslora.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
-from jslora.runner import Runner
 from pallas_kernels.launch import Kernels
 
 pytest_plugins = ["engine_fixtures"]
@@ -100,10 +100,10 @@ def test_a_step_that_cannot_run_is_found_before_serving(
 ) -> None:
     """As on a GPU, where kernels are loaded when they first run."""
 
-    def fail(self: Runner, bucket: Bucket, *_: Any) -> Any:
+    def fail(self: Device, bucket: Bucket, *_: Any) -> Any:
         raise RuntimeError(f"no kernel image for {bucket.tokens} tokens")
 
-    monkeypatch.setattr(Runner, "_step", fail)
+    monkeypatch.setattr(Device, "_run", fail)
     with pytest.raises(RuntimeError, match="no kernel image for 8 tokens"):
         small_engine(tmp, LLAMA3 / "model")
 
@@ -124,10 +124,11 @@ def test_the_pool_is_aliased_by_every_program_that_takes_it(
     ) as big:  # fmt: skip
         runner = big.core.runner
         assert runner.upload_rows == 3
-        pool, takers = runner.pages, set()
-        for key, (name, _, donated, arguments) in runner.catalog.jobs().items():
-            memory = runner._executables[key].memory_analysis()
-            given = jax.tree.leaves([arguments[i] for i in donated])
+        pool, takers = runner.devices.pages, set()
+        for key, job in runner.catalog.jobs().items():
+            name, arguments = job.name, job.arguments
+            memory = runner.devices._executables[key].memory_analysis()
+            given = jax.tree.leaves([arguments[i] for i in job.donated])
             assert memory.alias_size_in_bytes >= sum(
                 leaf.size * leaf.dtype.itemsize for leaf in given
             )

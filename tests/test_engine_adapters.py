@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 from engine_helpers import (
     CONFIG,
@@ -28,6 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jslora.adapters.synthetic import make_adapters
+from jslora.calls import Chunk
 from jslora.engine import Engine
 from jslora.errors import (
     AdapterRejected,
@@ -36,6 +36,7 @@ from jslora.errors import (
     UnknownModel,
 )
 from jslora.memory.room import Room
+from jslora.request import Stats
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -68,6 +69,30 @@ def test_idle_adapters_leave_least_recent_first_and_come_back(
     after = tight.stats()
     assert after.adapter_loads == before.adapter_loads + 5
     assert after.adapter_evictions == before.adapter_evictions + 2
+
+
+def test_the_adapters_that_lie_idle_are_told(tight: Engine) -> None:
+    def between_steps() -> Stats:
+        return tight.core.run_on_engine(tight.core.stats)
+
+    names = [f"wide-{i}" for i in range(3)]
+    for name in names:
+        tight.load_adapter(name)
+    for name in (*names, names[0]):
+        tokens_of(tight, [Ask(PROMPT, greedy(), name)])
+    wait_until(lambda: between_steps().idle_adapters == ("wide-0", "wide-2", "wide-1"))
+    assert between_steps().pages_idle == between_steps().pages_adapters == 27
+
+    asked = Asked(tight, [Ask(PROMPT, greedy(200), "wide-2")])
+    seen = [between_steps()]
+    while "wide-2" not in seen[-1].running_adapters:
+        seen.append(between_steps())
+    idle, pages = seen[-1].idle_adapters, seen[-1].pages_idle
+    assert set(idle) <= {"wide-0", "wide-1"} and pages == 9 * len(idle)
+    asked.outcomes()
+    wait_until(lambda: between_steps().idle_adapters[:1] == ("wide-2",))
+    tight.unload_adapter("wide-2")
+    assert "wide-2" not in between_steps().idle_adapters
 
 
 def test_more_adapters_in_a_batch_than_fit_at_once(tight: Engine, engine: Engine) -> None:
@@ -171,11 +196,11 @@ def test_an_adapter_abandoned_while_it_loads_is_freed_without_another_request(
 ) -> None:
     sent, go = tight.core.residency.upload, threading.Event()
 
-    def slow(rows: np.ndarray, data: np.ndarray) -> Any:
-        return tight.core.runner._uploads.submit(lambda: go.wait(20) and sent_now(rows, data))
+    def slow(chunk: Chunk) -> Any:
+        return tight.core.runner.devices._uploads.submit(lambda: go.wait(20) and sent_now(chunk))
 
-    def sent_now(rows: np.ndarray, data: np.ndarray) -> Any:
-        return jax.block_until_ready(jax.device_put((rows, data)))
+    def sent_now(chunk: Chunk) -> Any:
+        return jax.block_until_ready(jax.device_put((chunk.rows, chunk.data)))
 
     monkeypatch.setattr(tight.core.residency, "upload", slow)
     tight.load_adapter("wide-2")

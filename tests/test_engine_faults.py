@@ -76,7 +76,7 @@ def poison(engine: Engine, pages: list[int]) -> None:
     runner = engine.core.runner
     geometry = runner.geometry
     rows = [layer * geometry.pages + page for layer in range(geometry.layers) for page in pages]
-    data = np.full((runner.upload_rows, geometry.page_numbers), np.nan, np.float32)
+    data = np.full((1, runner.upload_rows, geometry.page_numbers), np.nan, np.float32)
     for at in range(0, len(rows), runner.upload_rows):
         ids = np.full(runner.upload_rows, geometry.drop_page, np.int32)
         part = rows[at : at + runner.upload_rows]
@@ -210,22 +210,22 @@ class Fuse:
     """Lets programs fail once, on command, after which they work again."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runner = engine.core.runner
-        self.patch = partial(monkeypatch.setitem, self.runner._executables)
+        self.device = engine.core.runner.devices
+        self.patch = partial(monkeypatch.setitem, self.device._executables)
         self.armed = False
         self.blown = 0
 
     def blow(self) -> None:
         """Lose everything that was donated."""
         self.armed, self.blown = False, self.blown + 1
-        for array in jax.tree.leaves((self.runner.pages, self.runner.slots)):
+        for array in jax.tree.leaves((self.device.pages, self.device.slots)):
             array.delete()
 
     def wrap(self, names: tuple[str, ...], fail: Callable[["Fuse", Any, tuple], Any]) -> None:
         """Let `fail` stand in for every program of such a name when armed."""
-        for key, (name, *_) in self.runner.catalog.jobs().items():
+        for key, (name, *_) in self.device.catalog.jobs().items():
             if name.startswith(names):
-                program = self.runner._executables[key]
+                program = self.device._executables[key]
 
                 def call(*arguments: Any, program: Any = program) -> Any:
                     return fail(self, program, arguments) if self.armed else program(*arguments)
@@ -311,16 +311,14 @@ def test_the_old_pool_is_gone_before_the_new_one_is_made(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two would not fit: the pool takes what the device has."""
-    runner = engine.core.runner
-    shape, alive = runner.pages.shape, []
-    zeros = jax.numpy.zeros
+    runner, device = engine.core.runner, engine.core.runner.devices
+    shape, alive, made = device.pages.shape, [], device._state
 
-    def counted(wanted: Any, *arguments: Any, **options: Any) -> jax.Array:
-        if tuple(wanted) == shape:
-            alive.append(sum(a.shape == shape and not a.is_deleted() for a in jax.live_arrays()))
-        return zeros(wanted, *arguments, **options)
+    def counted() -> Any:
+        alive.append(sum(a.shape == shape and not a.is_deleted() for a in jax.live_arrays()))
+        return made()
 
-    monkeypatch.setattr("jslora.runner.jnp.zeros", counted)
+    monkeypatch.setattr(device, "_state", counted)
     before = sum(a.shape == shape and not a.is_deleted() for a in jax.live_arrays())
     execute = runner.execute
 

@@ -26,6 +26,7 @@ from goldens.cases import ADAPTERS
 from safetensors.numpy import load_file, save_file
 
 from jslora.adapters.reader import Reader
+from jslora.calls import Chunk
 from jslora.engine import Engine
 from jslora.errors import (
     AdapterRejected,
@@ -168,7 +169,7 @@ def test_what_is_not_finite_is_never_found_again(engine: Engine, cold: Engine) -
         rows = np.full(runner.upload_rows, geometry.drop_page, np.int32)
         at = [layer * geometry.pages + page for layer in range(geometry.layers) for page in pages]
         rows[: len(at)] = at
-        runner.write((rows, np.full((len(rows), geometry.page_numbers), np.nan, np.float32)))
+        runner.write((rows, np.full((1, len(rows), geometry.page_numbers), np.nan, np.float32)))
 
     engine.core.run_on_engine(poison)
     [outcome] = Asked(engine, [ask]).outcomes()
@@ -262,11 +263,11 @@ def test_a_transfer_that_fails_ends_who_waited_for_it_alone(
         victim = engine.core.store.get("r5")
         engine.core.run_on_engine(lambda: None)
 
-        def broken(rows: np.ndarray, data: np.ndarray) -> Any:
-            if data.shape == (engine.core.runner.upload_rows, data.shape[1]) and not failed:
+        def broken(chunk: Chunk) -> Any:
+            if not failed:
                 failed.append(1)
-                return engine.core.runner._uploads.submit(lambda: 1 / 0)
-            return upload(rows, data)
+                return engine.core.runner.devices._uploads.submit(lambda: 1 / 0)
+            return upload(chunk)
 
         failed: list[int] = []
         monkeypatch.setattr(engine.core.residency, "upload", broken)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-import numpy as np
+from jslora.calls import Chunk
 
 
 class Timeline:
@@ -76,10 +76,10 @@ class Uploads:
         self.done = 0
         self._timeline, self._link = timeline, link
 
-    def __call__(self, rows: np.ndarray, data: np.ndarray) -> "Future[int]":
+    def __call__(self, chunk: Chunk) -> "Future[int]":
         future: Future[int] = Future()
-        self.open.append(self._link.send(data.nbytes))
-        self._timeline.at(self.open[-1], lambda: self._finish(future, data.nbytes))
+        self.open.append(self._link.send(chunk.data.nbytes))
+        self._timeline.at(self.open[-1], lambda: self._finish(future, chunk.data.nbytes))
         return future
 
     def _finish(self, future: "Future[int]", size: int) -> None:

@@ -16,10 +16,8 @@ from jaxtyping import Array, Float
 from jslora.aot.cases import MODELS
 from jslora.batch import Bucket, Placement, RowPlan, Segment, StepRows, int_fields, pack_step, views
 from jslora.bench import floor
-from jslora.blocks import pack_blocks
 from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.programs import Catalog, Sizes, slack
-from jslora.spans import pack_spans
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import Work
 from pallas_kernels.lora.pieces import piece_width
@@ -212,12 +210,9 @@ def one_layer(plan: Plan, pages: int, rows: int, kernels: Kernels) -> Catalog:
 
 def pack_work(parts: Seq[Segment], bucket: Bucket, catalog: Catalog) -> Work:
     """The LoRA work lists on the device, in the form that the chosen kernel walks."""
-    shape = catalog.programs.lora_shape(bucket)
-    if isinstance(shape, BlockShape):
-        return BlockWork(
-            *jax.device_put(tuple(pack_blocks(parts, bucket, catalog.geometry, shape)))
-        )
-    return SegmentWork(*jax.device_put(tuple(pack_spans(parts, bucket, catalog.geometry, shape))))
+    lists = jax.device_put(catalog.pack_work(parts, bucket))
+    blocks = isinstance(catalog.programs.lora_shape(bucket), BlockShape)
+    return BlockWork(*lists) if blocks else SegmentWork(*lists)
 
 
 def pack_rows(plans: Seq[RowPlan], bucket: Bucket, catalog: Catalog) -> Rows:

@@ -34,7 +34,8 @@ from jslora.gpu.cases import (
 from jslora.gpu.session import Session
 from jslora.gpu.timing import Call, measure
 from jslora.model.weights import dummy_weights
-from jslora.programs import Catalog, Job
+from jslora.programs import Catalog
+from jslora.sharding import Job
 from jslora.step import Weights
 from pallas_kernels import launch
 from pallas_kernels.launch import Kernels
@@ -98,8 +99,7 @@ class Step:
 
 def lower_job(job: Job) -> Any:
     """One of the catalog's programs, lowered for the device at hand."""
-    _, function, donated, arguments = job
-    return jax.jit(function, donate_argnums=donated).lower(*arguments)
+    return jax.jit(job.function, donate_argnums=job.donated).lower(*job.arguments)
 
 
 def without_lora(catalog: Catalog) -> Catalog:

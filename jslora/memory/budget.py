@@ -1,29 +1,35 @@
 """How much memory the server takes, decided once before anything is allocated. Host only: no jax.
 
-What is left of the device's memory after weights, per-slot state and a reserve for temporaries,
-times `memory_fraction`, becomes pages; never more than every row at full length plus
+What is left of a device's memory after its part of the weights, per-slot state and a reserve for
+temporaries, times `memory_fraction`, becomes pages; never more than every row at full length plus
 `host_cache_bytes` of adapters could use, and in coarse steps, so that a restart finds its compiled
-programs in the cache.
+programs in the cache. All devices have as many pages, and a page of each device holds its own kv
+heads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jslora.config import EngineConfig
 from jslora.errors import ConfigError
-from jslora.model.config import ModelConfig
+from jslora.model.config import MODULES, ModelConfig
+from jslora.split import ONE_DEVICE, Split
 
 COARSE = 256
 _STATE_BYTES = 4  # of a counted token in a slot's state
+_USUAL_RANK = 16  # of the adapters by which the split is chosen
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by purpose; `pages` includes the null page.
+    """Bytes by purpose, on each device; `pages` includes the null page.
 
     Attributes:
         page_bytes: one page in all layers.
+        host_cache: of each host.
         max_model_len: longest sequence, in tokens.
+        split: how the model and its adapters are divided over the devices.
+        reason: why adapters are divided so; empty on one device.
     """
 
     available: int
@@ -34,6 +40,8 @@ class MemoryPlan:
     page_size: int
     host_cache: int
     max_model_len: int
+    split: Split = ONE_DEVICE
+    reason: str = ""
 
     @property
     def pool(self) -> int:
@@ -55,30 +63,41 @@ class MemoryPlan:
             ("host memory for packed adapters, at most", gib(self.host_cache)),
             ("longest sequence", f"{self.max_model_len:,} tokens"),
         ]
-        return "\n".join(f"{name:<44}{value:>14}" for name, value in rows)
+        if self.split.devices > 1:
+            rows.insert(0, ("devices; what follows is of each", str(self.split.devices)))
+        lines = [f"{name:<44}{value:>14}" for name, value in rows]
+        if self.split.devices > 1:
+            lines.append(f"adapters are {lora_name(self.split)}: {self.reason}")
+        return "\n".join(lines)
 
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig, available: int) -> MemoryPlan:
-    """Divide `available` bytes of device memory.
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, available: int, processes: int = 1
+) -> MemoryPlan:
+    """Divide `available` bytes of each device's memory.
+
+    Args:
+        processes: that the devices belong to, as many to each.
 
     Raises:
         ConfigError: `max_model_len` is over the model's, or not even one page fits.
+        ModelError: the model cannot be split over the devices.
     """
     length = max_model_len(config, model)
     width = 2 if config.model.dtype == "bfloat16" else 4
-    size = config.pool.page_size
-    weights = model.parameters * width
+    size, devices = config.pool.page_size, config.mesh.model
+    weights = _parameters(model, devices) * width
     slots = config.scheduler.max_running * model.vocab_size * _STATE_BYTES
-    page_bytes = model.layers * size * 2 * model.kv_heads * model.head_dim * width
+    page_bytes = model.layers * _page_numbers(model, size, devices) * width
     longest = -(-length // size)
     pages = config.pool.pages
     if pages is None:
         useful = config.scheduler.max_running * longest
-        useful += -(-config.adapters.host_cache_bytes // page_bytes)
+        useful += -(-config.adapters.host_cache_bytes // (page_bytes * devices // processes))
         affordable = int((available - weights - slots) * config.pool.memory_fraction) // page_bytes
         pages = min(useful, affordable)
         pages = pages // COARSE * COARSE if pages >= COARSE else pages
@@ -86,10 +105,55 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int) -> Mem
         raise ConfigError(
             f"{gib(available)} of memory leave no page beside {gib(weights)} of weights"
         )
+    split, reason = choose_split(config, model, pages)
     return MemoryPlan(
         available, weights, slots, page_bytes, pages, size,
-        config.adapters.host_cache_bytes, length,
+        config.adapters.host_cache_bytes, length, split, reason,
     )  # fmt: skip
+
+
+def choose_split(config: EngineConfig, model: ModelConfig, pages: int) -> tuple[Split, str]:
+    """How adapters are divided over the devices, and why.
+
+    Raises:
+        ModelError: the model cannot be split so.
+    """
+    devices, wanted = config.mesh.model, config.mesh.lora
+    plain, full = Split(devices), Split(devices, fully=True)
+    if devices == 1:
+        return plain, ""
+    if wanted != "auto":
+        split = full if wanted == "fully_sharded" else plain
+        split.local(model)
+        return split, "mesh.lora asks for it"
+    rank = min(_USUAL_RANK, config.adapters.max_rank)
+    numbers = sum(rank * sum(plain.rows(model, module)) for module in MODULES)
+    each = -(-numbers // _page_numbers(model, config.pool.page_size, devices))
+    needed = config.scheduler.max_running * each
+    shape = f"{config.scheduler.max_running} adapters of rank {rank} on every module"
+    if 2 * needed <= pages:
+        return plain, f"{shape} take {needed} of {pages} pages, no more than half"
+    if model.hidden % devices:
+        return plain, f"{devices} devices do not divide the hidden width {model.hidden}"
+    return full, f"{shape} would take {needed} of {pages} pages unsharded, over half"
+
+
+def lora_name(split: Split) -> str:
+    """The value of `mesh.lora` for a split."""
+    return "fully_sharded" if split.fully else "no_collective"
+
+
+def _parameters(model: ModelConfig, devices: int) -> int:
+    """Weights of one device: its part of what is split, and the rest whole."""
+    local = Split(devices).local(model)
+    if model.vocab_size % devices == 0:
+        local = replace(local, vocab_size=model.vocab_size // devices)
+    return local.parameters
+
+
+def _page_numbers(model: ModelConfig, page_size: int, devices: int) -> int:
+    """Numbers in one page of one layer on one device."""
+    return page_size * 2 * Split(devices).local(model).kv_heads * model.head_dim
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:

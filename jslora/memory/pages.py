@@ -67,23 +67,29 @@ class PageAllocator:
         """How many hold each of some pages."""
         return self._count[list(pages)]
 
-    def share(self, pages: Iterable[int]) -> None:
+    def share(self, pages: Sequence[int]) -> None:
         """Count one more holder of each page."""
-        for page in pages:
-            assert page != 0 and self._count[page] > 0, f"page {page} is not held: nothing to share"
-            self._count[page] += 1
+        self._add(pages, 1)
 
-    def release(self, pages: Iterable[int]) -> None:
+    def release(self, pages: Sequence[int]) -> None:
         """Count one holder less of each page; a page without holders is free."""
-        for page in pages:
-            assert page != 0 and self._count[page] > 0, f"page {page} is not held"
-            self._count[page] -= 1
-            if self._count[page] == 0:
-                self.free += 1
-                heapq.heappush(self._heap, -page)
+        left = self._add(pages, -1)
+        freed = dict.fromkeys(p for p, n in zip(pages, left.tolist(), strict=True) if n == 0)
+        self.free += len(freed)
+        for page in freed:
+            heapq.heappush(self._heap, -page)
         if len(self._heap) > 2 * self.total:
             self._heap = [-int(page) for page in np.flatnonzero(self._count == 0)]
             heapq.heapify(self._heap)
+
+    def _add(self, pages: Sequence[int], n: int) -> Int32[np.ndarray, " n"]:
+        """Holders of each page, after so many more."""
+        at = np.asarray(pages, np.int64)
+        held = (at > 0) & (self._count[at] > 0)
+        assert held.all(), f"pages {at[~held][:10].tolist()} are not held"
+        np.add.at(self._count, at, n)
+        assert self._count[at].min(initial=0) >= 0, f"a page is given back twice: {pages[:10]}"
+        return self._count[at]
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that every page's count is the number of `holders` that list it."""

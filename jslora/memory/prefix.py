@@ -90,12 +90,17 @@ class PrefixCache:
             found += 1
         return found
 
-    def publish(self, key: bytes, page: int, digest: str) -> None:
-        """Let a computed page be found; does nothing if another page of this key can be."""
-        if self.enabled and key not in self._entries:
-            assert page not in self._by_page, f"page {page} is published under another key"
-            self._pages.share([page])
-            self._entries[key] = self._by_page[page] = _Entry(key, page, digest)
+    def publish(self, keys: Sequence[bytes], pages: Sequence[int], digest: str) -> None:
+        """Let computed pages be found, but for those of whose key another page can be."""
+        if not self.enabled:
+            return
+        entries, by_page, new = self._entries, self._by_page, []
+        for key, page in zip(keys, pages, strict=True):
+            if key not in entries:
+                assert page not in by_page, f"page {page} is published under another key"
+                entries[key] = by_page[page] = _Entry(key, page, digest)
+                new.append(page)
+        self._pages.share(new)
 
     def release(self, pages: Sequence[int]) -> None:
         """Hold pages once less; a published one stays, idle if nobody else holds it."""
@@ -116,11 +121,16 @@ class PrefixCache:
         return since + self.kind.saved
 
     @property
+    def oldest(self) -> float:
+        """Since when the page is idle that is so longest; infinite if there is none."""
+        for page in self._idle:
+            return float(self.since[page])
+        return np.inf
+
+    @property
     def least(self) -> float:
         """Worth of the idle page that goes first; infinite if there is none."""
-        for page in self._idle:
-            return self.worth(float(self.since[page]))
-        return np.inf
+        return self.worth(self.oldest)
 
     def evict(self, pages: Sequence[int]) -> None:
         """Free idle pages, one after the other."""

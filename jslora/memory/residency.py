@@ -13,7 +13,7 @@ adapter, so that of idle ones the longest idle is worth least.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -23,13 +23,14 @@ import numpy as np
 
 from jslora.adapters.version import Version
 from jslora.batch import Placement
+from jslora.calls import Chunk
 from jslora.memory.pages import PageAllocator
 from jslora.memory.worth import Clock, Kind, Numbers
 
 WRITES_PER_STEP, WRITES_PER_SECOND = 16, 800
 """Uploaded chunks written into the pool between two steps: at least, and for a second of a step."""
 
-Upload = Callable[[np.ndarray, np.ndarray], "Future[Any]"]
+Upload = Callable[[Chunk], "Future[Any]"]
 Outcome = tuple[Version, dict[str, float] | Exception]
 
 _GUESS = 1e-9  # seconds to bring one byte, until it was measured
@@ -41,6 +42,31 @@ def write_limit(step_seconds: float) -> int:
     Writing delays everybody, a long step less than a short one in proportion.
     """
     return max(WRITES_PER_STEP, int(WRITES_PER_SECOND * step_seconds))
+
+
+def chunks(
+    digest: str, blob: np.ndarray, pages: Sequence[int], layer_pages: int, drop_row: int, size: int
+) -> Iterator[Chunk]:
+    """An adapter in parts of `size` rows, the last one filled up with rows that are dropped.
+
+    Args:
+        blob: [devices of this process, L, n, numbers in a page of one].
+        layer_pages: pages of the pool in a layer.
+        drop_row: beyond the pool.
+    """
+    first = np.arange(blob.shape[1], dtype=np.int32)[:, None] * layer_pages
+    rows = (first + np.asarray(pages, np.int32)[None]).reshape(-1)
+    data = blob.reshape(len(blob), len(rows), -1)
+    count, held = -(-len(rows) // size), tuple(pages)
+    for index in range(count):
+        part = slice(index * size, min((index + 1) * size, len(rows)))
+        ids, numbers = rows[part], data[:, part]
+        if (n := len(ids)) < size:
+            filled = np.full(size, drop_row, np.int32)
+            padded = np.zeros((len(blob), size, data.shape[2]), data.dtype)
+            filled[:n], padded[:, :n] = ids, numbers
+            ids, numbers = filled, padded
+        yield Chunk(digest, index, count, held, ids, numbers)
 
 
 @dataclass(slots=True)
@@ -116,6 +142,15 @@ class Residency:
         """Pages of all adapters that are here, or on their way."""
         return len(self._by_page)
 
+    @property
+    def pages_idle(self) -> int:
+        """Pages of adapters that nothing uses."""
+        return int(np.isfinite(self.since).sum())
+
+    def resting(self) -> list[str]:
+        """Digests of the adapters that nothing uses, the last used first; from any thread."""
+        return list(self._idle)[::-1]
+
     # Coming --------------------------------------------------------------------------------------
 
     def bring(self, version: Version, blob: np.ndarray, pages: list[int]) -> None:
@@ -124,13 +159,15 @@ class Residency:
         page_bytes = version.packed_bytes // version.n_pages
         assert self._page_bytes in (0, page_bytes), f"{page_bytes} bytes in a page"
         self._page_bytes = page_bytes
+        assert blob.shape[1] == self.layers, f"a blob {blob.shape} for {self.layers} layers"
         placement = Placement(
             version.digest, tuple(pages), version.a_offset, version.b_offset,
             version.rank, version.scale,
         )  # fmt: skip
         try:
             started = self.now()
-            uploads = deque(self._send(blob, pages))
+            parts = chunks(version.digest, blob, pages, self.layer_pages, self.drop_row, self.chunk)
+            uploads = deque(self.upload(chunk) for chunk in parts)
         except BaseException:
             self.pages.release(pages)
             raise
@@ -146,21 +183,6 @@ class Residency:
             self.before[pages[0] : pages[-1] + 1] = np.arange(len(pages))
             self.after[pages[0] : pages[-1] + 1] = np.arange(len(pages))[::-1]
         return resident
-
-    def _send(self, blob: np.ndarray, pages: list[int]) -> Iterator["Future[Any]"]:
-        first = np.arange(self.layers, dtype=np.int32)[:, None] * self.layer_pages
-        rows = (first + np.asarray(pages, np.int32)[None]).reshape(-1)
-        data = blob.reshape(len(rows), -1)
-        for at in range(0, len(rows), self.chunk):
-            n = min(self.chunk, len(rows) - at)
-            if n == self.chunk:
-                yield self.upload(rows[at : at + n], data[at : at + n])
-            else:
-                padded = np.zeros((self.chunk, data.shape[1]), data.dtype)
-                padded[:n] = data[at:]
-                ids = np.full(self.chunk, self.drop_row, np.int32)
-                ids[:n] = rows[at:]
-                yield self.upload(ids, padded)
 
     def writes(self, limit: int, patience: float) -> list[Any]:
         """Up to `limit` transferred chunks to write into the pool now, in order.

@@ -85,14 +85,21 @@ class Room:
 
     def _costs(self, keep: Collection[str]) -> np.ndarray:
         """Of each page, what giving it up costs."""
-        residents = self.residency.residents
+        residents, prefix, residency = self.residency.residents, self.prefix, self.residency
         kept = [residents[digest].placement.pages for digest in keep if digest in residents]
-        cached, adapters = self.prefix.since, self.residency.since.copy()
-        adapters[[page for pages in kept for page in pages]] = np.inf
+        cost = residency.worth(residency.since)
+        cost[[page for pages in kept for page in pages]] = np.inf
+        np.minimum(cost, prefix.worth(prefix.since), out=cost)
         # What all have in common would count large things twice.
-        oldest = min(cached.min(), adapters.min(), _NEVER)
-        worth = np.minimum(self.prefix.worth(cached), self.residency.worth(adapters))
-        return np.minimum(worth - oldest + _FEW, _NEVER) * self.pages.used()
+        cost -= min(self._oldest(keep), _NEVER) - _FEW
+        np.minimum(cost, _NEVER, out=cost)
+        cost *= self.pages.used()
+        return cost
+
+    def _oldest(self, keep: Collection[str]) -> float:
+        """The clock when what is idle longest became idle, infinite if nothing is."""
+        adapter = next(self.residency.idle(keep), None)
+        return min(self.prefix.oldest, adapter.since if adapter else np.inf)
 
 
 def _cheapest(cost: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -> int | None:
@@ -102,7 +109,8 @@ def _cheapest(cost: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -
         before, after: see `Residency`.
     """
     total, last = _windows(cost, n), n - 1
-    total += before[: len(total)] * cost[: len(total)] + after[last:] * cost[last:]
+    total += before[: len(total)] * cost[: len(total)]
+    total += after[last:] * cost[last:]
     first = int(np.argmin(total))
     return first if total[first] < _NEVER else None
 

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int32
 
 from jslora.lora import apply_lora
 from jslora.model.config import ModelConfig
+from jslora.sharding import AXIS
+from jslora.split import ONE_DEVICE, Split
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import Shape, Work
 from pallas_kernels.lora.finish import Finish
@@ -46,8 +48,8 @@ class Layout(NamedTuple):
         pages_per_layer: P.
         prefill: whether rows may have several tokens.
         lora, attention: how the host cut the step's work.
-        axis: the mesh axis over which heads and the feed-forward are split, when they are; the
-            block's config and weights are then one device's.
+        split: over which devices heads and the feed-forward are split; the block's config and
+            weights are one device's.
     """
 
     pages_per_layer: int
@@ -55,7 +57,7 @@ class Layout(NamedTuple):
     lora: Shape
     attention: Cut
     kernels: Kernels
-    axis: str | None = None
+    split: Split = ONE_DEVICE
 
 
 class Block(nnx.Module):
@@ -90,7 +92,7 @@ class Block(nnx.Module):
         first_page = layer * layout.pages_per_layer
         lora = partial(
             apply_lora, config=self.config, first_page=first_page, layer=layer, work=work,
-            shape=layout.lora, kernels=layout.kernels,
+            shape=layout.lora, kernels=layout.kernels, split=layout.split,
         )  # fmt: skip
         h = rms_norm(x, self.attn_norm[...], self.config.norm_eps)
         q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, pages=pages, group=0), step)
@@ -115,10 +117,10 @@ class Block(nnx.Module):
 
         Where devices hold parts of the product, the deltas join the parts before these are summed.
         """
-        y, axis = _linear(h, weight[...]), self.layout.axis
-        if axis is None:
+        y = _linear(h, weight[...])
+        if self.layout.split.devices == 1:
             return lora(y, h, group=group, finish=Finish.RESIDUAL, stream=x)
-        return x + lax.psum(lora(y, h, group=group), axis).astype(x.dtype)
+        return x + lax.psum(lora(y, h, group=group), AXIS).astype(x.dtype)
 
     def _heads(
         self, qkv: Float[Array, "T qkv"], step: StepInput

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ class _Leaf:
     def rest(self) -> tuple[int, ...]:
         """The shape of one row of a source."""
         return self.shape[:-1] if self.transposed else self.shape[1:]
+
+    def columns(self, shards: int) -> tuple[tuple[int, int], ...]:
+        """Stretches of the last axis of the whole leaf, in the order that `shards` parts have."""
+        if len(self.sources) == 1:
+            return ((0, self.shape[-1]),)
+        ends = accumulate(rows for _, rows in self.sources)
+        at = {name: end - rows for (name, rows), end in zip(self.sources, ends, strict=True)}
+        return tuple(
+            (at[name] + first, at[name] + first + rows) for name, first, rows in self.runs(shards)
+        )
 
     def runs(self, shards: int) -> Iterator[tuple[str, int, int]]:
         """(tensor name, first row, rows) in the order the leaf's rows have."""
@@ -103,17 +114,22 @@ def load_weights(
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: DTypeLike, sharding: Shardings, seed: int = 0
+    config: ModelConfig, dtype: DTypeLike, sharding: Shardings, seed: int = 0, shards: int = 1
 ) -> dict[str, jax.Array]:
-    """Random weights that keep activations near unit size; norms are ones."""
+    """Random weights that keep activations near unit size; norms are ones.
+
+    Args:
+        shards: number of parts that fused columns are ordered for; the model is the same.
+    """
     programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
     weights = {}
-    for i, (name, shape) in enumerate(shapes(config).items()):
-        where = sharding(name, shape)
+    for i, (name, leaf) in enumerate(_leaves(config).items()):
+        shape, where = leaf.shape, sharding(name, leaf.shape)
         scale = None if name.endswith("norm") else _scale(name, shape)
-        key = (shape, scale, where)
+        order = leaf.columns(shards)
+        key = (shape, scale, where, order)
         if key not in programs:
-            draw = partial(_draw, shape=shape, scale=scale, dtype=dtype)
+            draw = partial(_draw, shape=shape, scale=scale, dtype=dtype, order=order)
             programs[key] = jax.jit(draw, out_shardings=where)
         weights[name] = programs[key](jax.random.fold_in(jax.random.key(seed), i))
     return weights
@@ -125,11 +141,13 @@ def _scale(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _draw(
-    key: jax.Array, shape: tuple[int, ...], scale: float | None, dtype: DTypeLike
-) -> jax.Array:
+    key: jax.Array, shape: tuple[int, ...], scale: float | None, dtype: DTypeLike,
+    order: tuple[tuple[int, int], ...],
+) -> jax.Array:  # fmt: skip
     if scale is None:
         return jnp.ones(shape, dtype)
-    return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jnp.concatenate([drawn[..., first:last] for first, last in order], axis=-1)
 
 
 def _leaves(config: ModelConfig) -> dict[str, _Leaf]:

@@ -400,8 +400,7 @@ class Scheduler:
         if self.room.prefix.enabled and pages > first:
             keys = sequence.keys(pages, self.limits.page_size)
             held = self.rows.pages(slot)
-            for key, page in zip(keys[first:], held[first:pages], strict=True):
-                self.room.prefix.publish(key, page, sequence.digest)
+            self.room.prefix.publish(keys[first:], held[first:pages], sequence.digest)
             self.rows.published[slot] = pages
 
     def failures(self) -> list[TokenEvent]:

@@ -22,6 +22,7 @@ from jslora.bench.synthetic_store import BASE, HostTier, SyntheticStore
 from jslora.bench.traces import slora
 from jslora.bench.virtual import Link, Timeline, Uploads
 from jslora.bench.workload import Job
+from jslora.calls import Chunk
 from jslora.config import SchedulerSection
 from jslora.errors import AdapterRejected, ConfigError
 from jslora.model.config import ModelConfig
@@ -220,7 +221,8 @@ def test_a_link_takes_one_thing_after_the_other() -> None:
     assert [link.send(20), link.send(10)] == [2.5, 4.0]
     timeline.advance(10.0)
     uploads = Uploads(timeline, link)
-    future = uploads(np.zeros(1, np.int32), np.zeros((1, 5), np.float32))
+    data = np.zeros((1, 1, 5), np.float32)
+    future = uploads(Chunk("", 0, 1, (1,), np.zeros(1, np.int32), data))
     assert (list(uploads.open), future.done()) == ([12.5], False)
     timeline.advance(12.5)
     assert (list(uploads.open), uploads.done, future.result()) == ([], 1, 20)

@@ -191,7 +191,7 @@ def write(path: Path, case: dict[str, Any], scale: float = 1.0) -> None:
         replace(TINY_MODEL, layers=case["layers"]), sizes, Kernels("reference", "reference", "cuda")
     )
     (job,) = catalog.step_jobs(decode_bucket(catalog, 8)).values()
-    _, step, donated, arguments = job
+    step, donated, arguments = job.function, job.donated, job.arguments
 
     def scaled(weights: Any, *rest: Any) -> Any:
         return step(weights._replace(norm=scale * weights.norm), *rest)

@@ -1,11 +1,13 @@
 """The memory plan: everything has its share, nothing is promised twice."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jslora.config import EngineConfig, parse
-from jslora.errors import ConfigError
+from jslora.errors import ConfigError, ModelError
 from jslora.memory.budget import (
     COARSE,
     MemoryPlan,
@@ -15,6 +17,7 @@ from jslora.memory.budget import (
     plan_memory,
 )  # fmt: skip
 from jslora.model.config import ModelConfig
+from jslora.split import Split
 
 GIB = 2**30
 
@@ -119,6 +122,69 @@ def test_the_report_says_what_was_planned() -> None:
         "host memory for packed adapters, at most": "1.00 GiB",
         "longest sequence": "2,048 tokens",
     }
+
+
+# Several devices ---------------------------------------------------------------------------------
+
+
+def over(devices: int, lora: str = "auto", **sections: object) -> EngineConfig:
+    return configure(mesh={"model": devices, "lora": lora}, **sections)
+
+
+def test_a_device_holds_its_part_and_what_every_one_has() -> None:
+    one, four = (plan_memory(over(n), MODEL, 80 * GIB) for n in (1, 4))
+    whole = 2 * (65 * 4096)  # norms
+    assert four.weights - whole == (one.weights - whole) / 4
+    assert four.page_bytes == one.page_bytes / 4
+    assert four.slots == one.slots, "every device samples alike"
+    odd = replace(MODEL, vocab_size=MODEL.vocab_size + 1)
+    embeddings = 2 * 2 * 4096 * odd.vocab_size
+    assert plan_memory(over(4), odd, 80 * GIB).weights > four.weights + 0.7 * embeddings
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(20 * GIB, 80 * GIB))
+def test_what_is_planned_fits_on_every_device(devices: int, available: int) -> None:
+    plan = plan_memory(over(devices), MODEL, available)
+    assert plan.weights + plan.slots + plan.pool <= available
+    assert plan.split.devices == devices
+
+
+@pytest.mark.parametrize("lora", ["auto", "no_collective", "fully_sharded"])
+def test_what_does_not_divide_is_refused(lora: str) -> None:
+    with pytest.raises(ModelError, match="8 kv heads cannot be split over 3 devices"):
+        plan_memory(over(3, lora), MODEL, 80 * GIB)
+
+
+def test_adapters_are_fully_sharded_when_they_would_fill_half_of_the_pool() -> None:
+    """On four devices 41,984 numbers a rank and layer, 8,192 a page: 82 pages at rank 16."""
+    just, over_half = (
+        plan_memory(over(4, pool={"pages": pages}, scheduler={"max_running": 10}), MODEL, 80 * GIB)
+        for pages in (1640, 1639)
+    )
+    assert (just.split, over_half.split) == (Split(4), Split(4, fully=True))
+    assert just.reason == (
+        "10 adapters of rank 16 on every module take 820 of 1640 pages, no more than half"
+    )
+    assert "fully_sharded: 10 adapters of rank 16 on every module would take 820" in (
+        over_half.report()
+    )
+
+
+def test_the_split_that_is_asked_for_is_taken() -> None:
+    few = over(4, "no_collective", pool={"pages": 10})
+    assert plan_memory(few, MODEL, 80 * GIB).split == Split(4)
+    full = plan_memory(over(4, "fully_sharded"), MODEL, 80 * GIB)
+    assert full.split == Split(4, fully=True) and "mesh.lora asks for it" in full.report()
+    assert plan_memory(over(1, "fully_sharded"), MODEL, 80 * GIB).split == Split()
+    assert "adapters are" not in plan_memory(over(1), MODEL, 80 * GIB).report()
+
+
+def test_low_ranks_are_counted_as_they_are() -> None:
+    low = over(
+        4, pool={"pages": 2 * 10 * 6}, adapters={"max_rank": 1}, scheduler={"max_running": 10}
+    )
+    plan = plan_memory(low, MODEL, 80 * GIB)
+    assert plan.split == Split(4) and "of rank 1 on" in plan.reason
 
 
 def test_this_machine_has_memory() -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jslora.adapters.version import Version
+from jslora.calls import Chunk
 from jslora.memory.pages import PageAllocator
 from jslora.memory.residency import Residency
 from jslora.memory.worth import Clock
@@ -106,7 +107,7 @@ def test_the_chunks_carry_every_page_to_its_row_in_every_layer() -> None:
 def test_pages_are_not_lost_when_an_upload_cannot_be_started() -> None:
     residency = make_residency()
 
-    def upload(rows: np.ndarray, data: np.ndarray) -> Future:
+    def upload(chunk: Chunk) -> Future:
         raise RuntimeError("no thread")
 
     residency.upload = upload
@@ -368,7 +369,7 @@ class Traffic(RuleBasedStateMachine):
             placement = self.residency.placement(version.digest)
             assert placement or not self.users[version.digest]
             if placement:
-                blob = make_blob(version)
+                [blob] = make_blob(version)
                 for layer in range(LAYERS):
                     rows = [layer * self.total + page for page in placement.pages]
                     np.testing.assert_array_equal(self.pool[rows], blob[layer])
