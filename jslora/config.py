@@ -1,8 +1,8 @@
 """The whole configuration: a YAML file and `--set a.b=c`, validated before anything starts.
 
 Every key has a default but `model.source`. An unknown key is an error that names the nearest valid
-one; `${NAME}` is replaced from the environment for secrets only (under `auth`), and what is written
-there is in no error and no `repr`. Host only: no jax.
+one; `${NAME}` is replaced from the environment for secrets only (under `auth`, and in
+`distributed.token`), and what is written there is in no error and no `repr`. Host only: no jax.
 """
 
 import difflib
@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from yaml.parser import ParserError
 from yaml.scanner import ScannerError
 
+from jslora.distributed.section import DistributedSection
 from jslora.errors import ConfigError
 from jslora.schedule.settings import SchedulerSection
 from jslora.section import NAME as NAME
@@ -91,9 +92,14 @@ class AdaptersSection(_Section):
 
 
 class MeshSection(_Section):
+    """`model`: devices that share the model, of all processes together.
+
+    `lora`: how they share adapters (`jslora.split`); "auto" lets the memory plan choose.
+    """
+
     model: Positive = 1
     data: Positive = 1
-    lora: Literal["no_collective", "fully_sharded"] = "no_collective"
+    lora: Literal["auto", "no_collective", "fully_sharded"] = "auto"
 
 
 class ServerSection(_Section):
@@ -117,12 +123,6 @@ class AuthSection(_Section):
     """`keys`: secret → rights. None leaves the server open, which only loopback hosts allow."""
 
     keys: dict[Secret, Key] | None = Field(default=None, repr=False)
-
-
-class DistributedSection(_Section):
-    coordinator: str | None = None
-    num_processes: Positive = 1
-    process_id: Annotated[int, Field(ge=0)] = 0
 
 
 class LoggingSection(_Section):
@@ -150,8 +150,16 @@ class EngineConfig(_Section):
     def _check(self) -> "EngineConfig":
         if self.model.source == "dummy" and self.model.architecture is None:
             raise ValueError("model.architecture is required when model.source is dummy")
-        if self.mesh.model * self.mesh.data > 1 or self.distributed.num_processes > 1:
-            raise ValueError("mesh and distributed: only one device in one process is built so far")
+        if self.mesh.data > 1:
+            raise ValueError(
+                f"mesh.data is {self.mesh.data}: replicas are servers of their own behind a "
+                "router, each with its own scheduler; only 1 is allowed"
+            )
+        if self.mesh.model % self.distributed.num_processes:
+            raise ValueError(
+                f"mesh.model is {self.mesh.model}: so many devices cannot be divided equally among "
+                f"distributed.num_processes, {self.distributed.num_processes}"
+            )
         if self.auth.keys is None and self.server.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(
                 f"server.host is {self.server.host!r}: set auth.keys, or bind to 127.0.0.1"
@@ -200,7 +208,11 @@ def parse(data: dict[str, Any]) -> EngineConfig:
         ConfigError: as `load`.
     """
     if isinstance(data.get("auth"), dict):
-        data = {**data, "auth": _substitute(data["auth"])}
+        data = {**data, "auth": _substitute(data["auth"], "auth")}
+    distributed = data.get("distributed")
+    if isinstance(distributed, dict) and "token" in distributed:
+        token = _substitute(distributed["token"], "distributed.token")
+        data = {**data, "distributed": {**distributed, "token": token}}
     try:
         return EngineConfig.model_validate(data)
     except pydantic.ValidationError as error:
@@ -209,14 +221,18 @@ def parse(data: dict[str, Any]) -> EngineConfig:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    shown = "auth" if key.split(".")[0].strip() == "auth" else repr(override)
+    shown = repr(override)
+    if key.split(".")[0].strip() == "auth":
+        shown = "auth"
+    elif key.strip().startswith("distributed.token"):
+        shown = "distributed.token"
     if not separator or not key:
         raise ConfigError(f"--set {shown}: expected section.key=value")
     *parents, leaf = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            what = "a part of the key" if shown == "auth" else repr(parent)
+            what = repr(parent) if shown == repr(override) else "a part of the key"
             raise ConfigError(f"--set {shown}: {what} is not a section")
     try:
         data[leaf] = yaml.safe_load(text)
@@ -233,18 +249,18 @@ def _yaml_problem(error: Exception) -> str:
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
 
 
-def _substitute(value: Any) -> Any:
-    """Replace `${NAME}` in strings and keys below `auth`; a name that is not set is an error."""
+def _substitute(value: Any, where: str) -> Any:
+    """Replace `${NAME}` in strings and keys of a secret; a name that is not set is an error."""
     if isinstance(value, dict):
-        return {_substitute(k): _substitute(v) for k, v in value.items()}
+        return {_substitute(k, where): _substitute(v, where) for k, v in value.items()}
     if isinstance(value, list):
-        return [_substitute(v) for v in value]
+        return [_substitute(v, where) for v in value]
     if not isinstance(value, str):
         return value
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise ConfigError(f"auth: the environment variable {match[1]} is not set")
+            raise ConfigError(f"{where}: the environment variable {match[1]} is not set")
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", variable, value)
@@ -253,8 +269,9 @@ def _substitute(value: Any) -> Any:
 def _explain(error: Any) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, the nearest valid key."""
     location = error["loc"]
-    secret = bool(location) and str(location[0]).startswith("auth")  # or a dotted key at the top
-    location = _without_secrets(location) if secret else location
+    place = ".".join(str(part) for part in location)  # may be a dotted key at the top
+    secret = place.startswith(("auth", "distributed.token"))
+    location = _without_secrets(location) if place.startswith("auth") else location
     name = ".".join(str(part) for part in location) or "configuration"
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(error["loc"][:-1])

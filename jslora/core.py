@@ -35,8 +35,8 @@ from jslora.memory.prefix import PrefixCache
 from jslora.memory.residency import Residency, write_limit
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
-from jslora.request import ErrorInfo, Request, Stats, TokenEvent
-from jslora.runner import Runner, Step
+from jslora.request import MAX_NAMED, ErrorInfo, Request, Stats, TokenEvent
+from jslora.runner import DispatchedPlan, Runner
 from jslora.schedule import watch
 from jslora.schedule.plan import Limits, Plan
 from jslora.schedule.scheduler import PREFETCH, Scheduler
@@ -66,7 +66,7 @@ class _InFlight:
     """A dispatched step, since when (of `time.monotonic`)."""
 
     plan: Plan
-    step: Step
+    step: DispatchedPlan
     since: float
 
 
@@ -149,7 +149,7 @@ class EngineCore:
         return Stats(
             running=len(running), waiting=len(waiting), pages_total=self._pages.total - 1,
             pages_free=self._pages.free, pages_kv=max(0, used - adapters - cached),
-            pages_cached=cached, pages_adapters=adapters,
+            pages_cached=cached, pages_adapters=adapters, pages_idle=r.pages_idle,
             ledger_errors=self._ledger_errors, steps=self._steps, step_seconds=self._step_seconds,
             prompt_tokens=s.prompt_tokens, generated_tokens=s.generated_tokens,
             prefix_asked_tokens=s.asked_tokens, prefix_hit_tokens=s.hit_tokens,
@@ -161,6 +161,7 @@ class EngineCore:
             adapter_loads=r.loads, adapter_evictions=r.evictions,
             adapter_failures=store.failures, adapter_seconds=store.seconds,
             running_adapters=watch.adapters(running), waiting_adapters=watch.adapters(waiting),
+            idle_adapters=self.adapters.idle(MAX_NAMED),
             too_late=s.too_late, rate_limited=s.rate_limited,
             oldest_wait=oldest[0][1] if oldest else 0.0, oldest_adapters=oldest,
             tenants=watch.tenants(running, waiting, s.policies.service(), now),
@@ -264,10 +265,13 @@ class EngineCore:
     def _recover(self) -> None:
         self._recoveries += 1
         error = EngineFailed("the step that served this request failed; send it again")
-        self._emit_all(self.scheduler.fail(self.scheduler.running, error))
-        self.residency.forget_all()
-        self.prefix.clear()
-        self.runner.reset()
+        ended = self.scheduler.fail(self.scheduler.running, error)
+        try:
+            self.residency.forget_all()
+            self.prefix.clear()
+            self.runner.reset()
+        finally:
+            self._emit_all(ended)  # when what they hear of is so
 
     def _time(self, done: _InFlight) -> None:
         """Tell what a step took, from when the one before it was read."""

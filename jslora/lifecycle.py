@@ -7,6 +7,7 @@ cache or in host memory. The methods of the first part may be called from any th
 second by the engine thread, between two steps.
 """
 
+import heapq
 import logging
 import queue
 import time
@@ -96,6 +97,13 @@ class Lifecycle:
     def registered(self) -> dict[str, AdapterInfo]:
         """Name → what is known of its adapter for good; the same object while that is so."""
         return self._store.registered()
+
+    def idle(self, most: int) -> tuple[str, ...]:
+        """Names of adapters that are on the device and in no use, the last used first."""
+        ages = {digest: age for age, digest in enumerate(self._room.residency.resting())}
+        held = (r for name in self._store.registered() if (r := self._store.get(name)))
+        found = ((ages[v.digest], r.name) for r in held if (v := r.version) and v.digest in ages)
+        return tuple(name for _, name in heapq.nsmallest(most, found))
 
     def reports(self) -> list[AdapterInfo]:
         """Everything registered, loading, draining or failed, with where it is now."""

@@ -15,6 +15,7 @@ MAX_STOP_IDS = 16
 MAX_LOGIT_BIAS = 300
 MAX_PRIORITY = 100
 MAX_SLO_SECONDS = 3600.0
+MAX_NAMED = 256  # adapters in one list of `Stats` that is told of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +223,10 @@ class Stats:
     Attributes:
         pages_cached: pages that only the prefix cache holds; they count as neither free nor KV.
         prefix_hit_tokens: prompt tokens found in the prefix cache, of `prefix_asked_tokens`.
+        pages_adapters: pages of all adapters, and pages_idle of those among them that nothing uses
+            and that may go at once.
         adapters_host, adapters_device: adapters whose packed pages are in that tier.
+        idle_adapters: names on the device that nothing uses, the last used first; not all of them.
         adapter_seconds: stage of loading -> seconds, over all loads.
         too_late: requests given up because they could not be answered in their time.
         rate_limited: requests refused by a quota or a rate.
@@ -239,6 +243,7 @@ class Stats:
     pages_kv: int = 0
     pages_cached: int = 0
     pages_adapters: int = 0
+    pages_idle: int = 0
     ledger_errors: int = 0
     steps: int = 0
     step_seconds: float = 0.0
@@ -262,6 +267,7 @@ class Stats:
     adapter_seconds: dict[str, float] = field(default_factory=dict)
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    idle_adapters: tuple[str, ...] = ()
     too_late: int = 0
     rate_limited: int = 0
     oldest_wait: float = 0.0

@@ -3,12 +3,12 @@
 It reads one JSON line from standard input, {"config": ..., "folder": ...}, connects to the given
 ZeroMQ address, reports start-up progress, and then serves the messages of `jslora.wire`. When
 standard input closes the parent is gone, and it exits at once. Its exit code tells why: 0 drained,
-2 configuration, 3 model, 4 device.
+2 configuration, 3 model, 4 device, 5 the group of processes that it led has ended.
 """
 
 import argparse
 import contextlib
-import json
+import gc
 import logging
 import os
 import queue
@@ -24,14 +24,17 @@ from typing import Any
 import zmq
 
 from jslora import wire
+from jslora.child import end_with_parent, read_order
 from jslora.config import EngineConfig
-from jslora.errors import ConfigError, JsloraError, UnknownModel
+from jslora.distributed.section import EXIT_CODE
+from jslora.errors import ConfigError, EngineFailed, JsloraError, UnknownModel
 from jslora.logs import configure
-from jslora.request import AdapterInfo, ErrorInfo, TokenEvent
+from jslora.request import AdapterInfo, ErrorInfo, Stats, TokenEvent
 
 PULSE_SECONDS = 1.0
 _POLL_MILLISECONDS = 100
 _LINGER_MILLISECONDS = 2000
+_LAST_WORDS_SECONDS = 3.0
 _SWITCH_SECONDS = 0.0005  # after so long, a busy thread lets the engine's have the interpreter
 
 log = logging.getLogger("jslora.worker")  # under -m, __name__ is __main__
@@ -54,6 +57,7 @@ class Worker:
         self._open: set[str] = set()  # requests whose last event was not sent yet
         self._draining = False
         self._told: dict[str, AdapterInfo] = {}  # what the client knows to be registered
+        self._group_ended: str | None = None
 
     def tell(self, news: wire.News) -> None:
         """Send a message; from any thread."""
@@ -76,21 +80,50 @@ class Worker:
 
         def build() -> None:
             try:
-                outcome.append(build_core(config, folder, self.tell_events, self.tell_progress))
+                built = build_core(
+                    config, folder, self.tell_events, self.tell_progress, lost=self._lose_group
+                )
+                outcome.append(built)
             except BaseException as error:
                 outcome.append(error)
 
         thread = threading.Thread(target=build, name="build")
         thread.start()
-        while thread.is_alive() or not self._news.empty():
-            self._bell_in.poll(_POLL_MILLISECONDS)
-            self._flush()
+        self._pass_on(thread, pulses=config.distributed.num_processes > 1)
         if isinstance(outcome[0], BaseException):
             return self._give_up(outcome[0])
         self._core, info = outcome[0]
         self._told = self._core.adapters.registered()
         self.tell(wire.Ready(replace(info, adapters=tuple(self._told.values()))))
+        gc.collect()
+        gc.freeze()  # what was built stays: collecting must not go through it again and again
         return self._serve()
+
+    def _pass_on(self, building: threading.Thread, *, pulses: bool) -> None:
+        """Send what a thread tells while it builds, and if asked that this process lives."""
+        pulse_at = 0.0
+        while building.is_alive() or not self._news.empty():
+            self._bell_in.poll(_POLL_MILLISECONDS)
+            if pulses and time.monotonic() >= pulse_at:
+                pulse_at = time.monotonic() + PULSE_SECONDS
+                self.tell(wire.Pulse(Stats()))
+            self._flush()
+            self._end_with_group()
+        self._end_with_group()  # what failed since may have failed because of it
+
+    def _lose_group(self, reason: str) -> None:
+        """The group of processes that this one leads has ended; from any thread."""
+        self._group_ended = reason
+        last = threading.Timer(_LAST_WORDS_SECONDS, os._exit, (EXIT_CODE,))
+        last.daemon = True
+        last.start()  # should the main thread not come to it
+        self.tell(wire.Failed(ErrorInfo.of(EngineFailed(f"the group has ended: {reason}"))))
+
+    def _end_with_group(self) -> None:
+        """End at once if the group has: other threads may wait in a step for ever."""
+        if self._group_ended is not None:
+            self._leave(EXIT_CODE)
+            os._exit(EXIT_CODE)
 
     def _give_up(self, error: BaseException) -> int:
         words = f"{type(error).__name__}: {error}"[:500]
@@ -111,6 +144,7 @@ class Worker:
         while True:
             poller.poll(_POLL_MILLISECONDS)
             self._flush()
+            self._end_with_group()
             while self._socket.poll(0):
                 self._obey(wire.decode_command(self._socket.recv()))
             if time.monotonic() >= pulse_at:
@@ -118,6 +152,7 @@ class Worker:
                 self._pulse()
             dead, drained = not self._core.alive, self._draining and not self._open
             if dead or drained:
+                self._end_with_group()
                 self._core.close()
                 return self._leave(4 if dead else 0)
 
@@ -206,33 +241,17 @@ def exit_code(error: BaseException) -> int:
     return 3 if isinstance(error, JsloraError) else 4
 
 
-def _read_order() -> tuple[EngineConfig, Path | None]:
-    order = json.loads(sys.stdin.buffer.readline())
-    folder = order["folder"]
-    return EngineConfig.model_validate(order["config"]), Path(folder) if folder else None
-
-
-def _exit_with_parent() -> None:
-    """Nobody is left to serve once standard input closes.
-
-    Read below Python's buffer, whose lock a daemon thread must not hold when the process ends.
-    """
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(0)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="jslora's engine process")
     parser.add_argument("--socket", help="ZeroMQ address to connect to")
     parser.add_argument("--check", action="store_true", help="print the memory plan and exit")
     options = parser.parse_args(arguments)
-    config, folder = _read_order()
+    config, folder = read_order()
     configure(config.logging)
     if options.check:
         return check(config, folder)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
     return Worker(options.socket).start(config, folder)
 
 

@@ -1,14 +1,19 @@
-"""Serve a model and its adapters: python scripts/serve.py --config configs/demo.yaml"""
+"""Serve a model and its adapters: python scripts/serve.py --config configs/demo.yaml
+
+On several hosts every one is started alike (see configs/two-hosts.yaml); process 0 serves.
+"""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import yaml
 
 from jslora import config
+from jslora.distributed import environment
 from jslora.errors import ConfigError
-from jslora.server import frontend, process
+from jslora.server import follow, frontend, process
 
 
 def main() -> int:
@@ -25,14 +30,25 @@ def main() -> int:
     )
     options = parser.parse_args()
     try:
-        loaded = config.load(options.config, options.set)
+        loaded = load(options.config, options.set)
     except ConfigError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return frontend.exit_code(error)
     if options.print_config:
         print(yaml.safe_dump(process.redacted(loaded), sort_keys=False), end="")
         return 0
-    return frontend.check(loaded) if options.check else frontend.main(loaded)
+    if options.check:
+        return frontend.check(loaded)
+    return follow.main(loaded) if loaded.distributed.process_id > 0 else frontend.main(loaded)
+
+
+def load(path: Path, overrides: list[str]) -> config.EngineConfig:
+    """The configuration, with this process's place in its group if the environment tells it."""
+    loaded = config.load(path, overrides)
+    if not loaded.distributed.auto:
+        return loaded
+    found = environment.overrides(os.environ, loaded.distributed.model_fields_set)
+    return config.load(path, [*found, *overrides])
 
 
 if __name__ == "__main__":

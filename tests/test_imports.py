@@ -40,6 +40,17 @@ HOST = below(
     "jslora.logs", "jslora.progress", "jslora.files", "jslora.batch", "jslora.buckets",
     "jslora.model.config", "jslora.model.gguf", "jslora.memory", "jslora.schedule",
     "jslora.adapters", "jslora.aliases", "jslora.lifecycle", "jslora.bench", "jslora.server",
+    "jslora.blocks", "jslora.calls", "jslora.child", "jslora.section", "jslora.spans",
+    "jslora.split", "jslora.gpu.report", "jslora.model.gguf_file", "jslora.aot.adapter_bytes",
+    "jslora.aot.cases", "jslora.aot.record", "jslora.aot.rules", "jslora.aot.table",
+    "jslora.distributed.agreement", "jslora.distributed.channel", "jslora.distributed.deliveries",
+    "jslora.distributed.deltas", "jslora.distributed.digests", "jslora.distributed.environment",
+    "jslora.distributed.group", "jslora.distributed.hosts", "jslora.distributed.interface",
+    "jslora.distributed.links", "jslora.distributed.messages", "jslora.distributed.obedience",
+    "jslora.distributed.section", "jslora.distributed.shelf", "jslora.distributed.transfers",
+    "jslora.distributed.uplink",
+    "jslora.integrations.changes", "jslora.integrations.exchange", "jslora.integrations.homes",
+    "jslora.integrations.merged_metrics", "jslora.integrations.scale",
 )  # fmt: skip
 DEVICE = below(
     "jslora.model.transformer", "jslora.model.weights", "jslora.lora", "jslora.sampling",
@@ -49,7 +60,7 @@ MAY_BE_SERVED_FROM = {
     "jslora", "jslora.request", "jslora.config", "jslora.errors", "jslora.tokenizer",
     "jslora.vocabulary", "jslora.text", "jslora.chat", "jslora.wire", "jslora.fetch", "jslora.logs",
     "jslora.progress", "jslora.files", "jslora.model", "jslora.model.config", "jslora.adapters",
-    "jslora.aliases",
+    "jslora.aliases", "jslora.distributed", "jslora.distributed.section",
 }  # fmt: skip
 
 
@@ -148,7 +159,7 @@ def test_the_server_imports_what_it_may(module: str) -> None:
 def test_nobody_imports_what_stands_above(module: str) -> None:
     tops = {name.partition(".")[0] for name in imports(module).all}
     assert not tops & {"scripts", "tests", "conftest", "pytest", "hypothesis"}
-    if not module.startswith("jslora.server"):
+    if not module.startswith(("jslora.server", "jslora.integrations")):
         assert "jslora.server" not in imports(module).all
     if module.startswith("pallas_kernels"):
         assert "jslora" not in tops
@@ -177,6 +188,11 @@ def test_the_front_end_starts_without_jax() -> None:
 
 def test_no_library_brings_jax_into_host_modules() -> None:
     assert not loaded_after(*HOST) & DEVICE_LIBRARIES
+
+
+def test_a_follower_starts_without_jax() -> None:
+    """It tells the leader of itself before it opens the device."""
+    assert not loaded_after("jslora.distributed.follower") & DEVICE_LIBRARIES
 
 
 def test_importing_jslora_is_cheap() -> None:

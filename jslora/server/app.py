@@ -65,9 +65,8 @@ class RequestIds:
         await self.app(scope, receive, send_with_id)
 
 
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    """A `JsloraError` as a response, with what clients need to decide on a retry."""
-    assert isinstance(error, JsloraError)
+def error_response(error: JsloraError) -> JSONResponse:
+    """An error as a response, with what clients need to decide on a retry."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(max(error.retry_after, 1.0)))
@@ -77,11 +76,17 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Draining):
         headers["Connection"] = "close"
+    return JSONResponse(openai_error(error), error.status, headers)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    """A `JsloraError` as a response, counted and, if it is our fault, logged."""
+    assert isinstance(error, JsloraError)
     if request.method == "POST":
         request.app.state.service.metrics.rejected(error)
     if error.status >= 500 and error.retry_after is None:
         log.error("%s %s: %s", request.method, printable(request.scope["path"]), error.message)
-    return JSONResponse(openai_error(error), error.status, headers)
+    return error_response(error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:

@@ -6,7 +6,8 @@ Invariants:
   hold at most `max_queued_tokens` tokens;
 - when the engine dies, every open channel and every pending command fails at once, and the next
   engine counts as ready once it has the adapters that this one had;
-- a start that never succeeded is not repeated: what stopped it will stop it again.
+- a start that never succeeded is not repeated: what stopped it will stop it again. But an engine
+  that ended with its group of processes is always started again, and the others are by theirs.
 """
 
 import asyncio
@@ -15,10 +16,11 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jslora import wire
 from jslora.config import EngineConfig
+from jslora.distributed.section import EXIT_CODE
 from jslora.errors import EngineFailed, InvalidRequest, JsloraError, Overloaded, Unavailable
 from jslora.request import EngineInfo, Request, Stats, TokenEvent
 from jslora.server.channel import Channel
@@ -27,10 +29,11 @@ from jslora.server.registry import Adapters
 
 log = logging.getLogger("jslora.server")
 
-HANG_SECONDS = 120.0  # a live engine sends a Pulse every second
+HANG_SECONDS = 120.0  # a live engine sends a Pulse every second; the leader of a group has less
 STOP_SECONDS = 10.0
 QUICK_SECONDS = 60.0  # an engine that dies sooner after it was ready counts as a failed start
 MAX_QUICK_DEATHS = 3
+LONGEST_PAUSE = 10.0
 
 State = Literal["starting", "ready", "restarting", "stopped"]
 
@@ -83,7 +86,7 @@ class EngineClient:
         self._progress = progress
         self._process: EngineProcess | None = None
         self._failed: JsloraError | None = None
-        self._heard = 0.0
+        self._heard: float | None = None  # when; None before its first news
         self._channels: dict[str, Channel] = {}
         self._unanswered: dict[str, int] = {}  # prompt tokens of sequences without an event
 
@@ -213,20 +216,21 @@ class EngineClient:
         quick = 0
         try:
             while True:
-                lived = await self._live()
+                lived, code = await self._live()
                 quick = 0 if lived > QUICK_SECONDS else quick + 1
-                if not self._config.server.restart_engine or quick > MAX_QUICK_DEATHS:
+                hopeless = quick > MAX_QUICK_DEATHS and not self._led(code)
+                if not self._config.server.restart_engine or hopeless:
                     raise EngineStopped("the engine died and is not started again", 0)
-                await asyncio.sleep(min(0.1 * 2**quick, 10.0))
+                await asyncio.sleep(min(0.1 * 2 ** min(quick, 10), LONGEST_PAUSE))
                 self.restarts += 1
         finally:
             self.state = "stopped"
             self._fail_everything(Unavailable("the server is shutting down"))
 
-    async def _live(self) -> float:
-        """One life of the engine; returns the seconds it was ready."""
+    async def _live(self) -> tuple[float, int]:
+        """One life of the engine: the seconds it was ready, and its exit code."""
         loop = asyncio.get_running_loop()
-        self._failed, self._started, self._heard = None, asyncio.Event(), loop.time()
+        self._failed, self._started, self._heard = None, asyncio.Event(), None
         process = await EngineProcess.spawn(
             self._command, self._config, self._folder, self._on_news
         )
@@ -234,15 +238,11 @@ class EngineClient:
         death = asyncio.create_task(process.wait())
         ready = asyncio.create_task(self._become_ready())
         try:
-            await asyncio.wait({death, ready}, return_when=asyncio.FIRST_COMPLETED)
-            since = loop.time()
-            if ready.done():
-                ready.result()
-            await self._watch(process, death)
-            lived = loop.time() - since if ready.done() else 0.0
+            await self._watch(process, death, ready)
+            lived = loop.time() - ready.result() if ready.done() else 0.0
             ready.cancel()
             self._on_death(death.result())
-            return lived
+            return lived, death.result()
         finally:
             if ready.done():
                 await _finish(process, death)
@@ -254,18 +254,33 @@ class EngineClient:
             process.close()
             self._process = None
 
-    async def _become_ready(self) -> None:
+    async def _become_ready(self) -> float:
+        """The loop's time at which the engine was."""
         await self._started.wait()
         await self.adapters.replay()
         self.state = "ready"
         self.was_ready.set()
+        return asyncio.get_running_loop().time()
 
-    async def _watch(self, process: EngineProcess, death: asyncio.Task[int]) -> None:
-        """Wait for the death of the engine; one that is ready and silent is killed."""
+    async def _watch(
+        self, process: EngineProcess, death: asyncio.Task[int], ready: asyncio.Task[float]
+    ) -> None:
+        """Wait for the death of the engine; one that is ready and silent is killed.
+
+        The leader of a group is from its first news on, because its followers would wait for it.
+        """
+        group = self._config.distributed.num_processes > 1
         while not death.done():
-            await asyncio.wait({death}, timeout=1.0)
+            waited: set[asyncio.Task[Any]] = {death} if ready.done() else {death, ready}
+            await asyncio.wait(
+                waited, timeout=min(1.0, self._patience / 4), return_when=asyncio.FIRST_COMPLETED
+            )
+            if ready.done():
+                ready.result()  # raises what went wrong in it
+            if self._heard is None or not (group or self.state == "ready"):
+                continue
             silence = asyncio.get_running_loop().time() - self._heard
-            if self.state == "ready" and silence > HANG_SECONDS:
+            if silence > self._patience:
                 log.error("the engine has been silent for %.0f s and is killed", silence)
                 process.kill()
                 await death
@@ -279,9 +294,19 @@ class EngineClient:
         self.state = "restarting"
         self._fail_everything(EngineFailed("the engine process died while it served this request"))
         reason = self._failed.message if self._failed else f"it exited with code {code}"
-        if not self.was_ready.is_set():
+        if not self.was_ready.is_set() and not self._led(code):
             raise EngineStopped(f"the engine did not start: {reason}", code, self._failed)
         log.error("the engine process died: %s", reason)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that an engine may be silent; a pulse a second may be late by one."""
+        group = self._config.distributed
+        return HANG_SECONDS if group.num_processes == 1 else group.heartbeat_seconds + 1.0
+
+    def _led(self, code: int) -> bool:
+        """Whether an engine ended because its group did, which a new one may not."""
+        return self._config.distributed.num_processes > 1 and (code == EXIT_CODE or code < 0)
 
     def _fail_everything(self, error: JsloraError) -> None:
         self.adapters.fail(error)

@@ -1,7 +1,7 @@
 """The front-end process: prepare, start the engine, serve, drain, exit. It never imports jax.
 
 Exit codes: 0 stopped as asked; 2 the configuration, 3 the model or an adapter, 4 the device or an
-engine that does not stay alive.
+engine that does not stay alive, 5 the group of processes that it leads.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from jslora import fetch, logs
 from jslora.config import EngineConfig, SyntheticAdapters
+from jslora.distributed.section import EXIT_CODE
 from jslora.errors import AdapterRejected, ConfigError, JsloraError, ModelError, Unavailable
 from jslora.model.config import from_hf
 from jslora.progress import Progress
@@ -53,8 +54,8 @@ def main(config: EngineConfig, worker: Sequence[str] = WORKER) -> int:
     bars = Bars()
     try:
         with contextlib.closing(bind(config.server.host, config.server.port)) as listener:
-            folder = _prepare(config, bars)
-            tokenizer = _tokenizer(config, folder)
+            folder = prepare(config, bars)
+            tokenizer = read_tokenizer(config, folder)
             return asyncio.run(_serve(config, folder, tokenizer, listener, worker, bars, began))
     except JsloraError as error:
         log.error("%s", error.message)
@@ -101,7 +102,7 @@ def _resolve(config: EngineConfig, progress: Progress) -> Path | None:
     return fetch.resolve(config.model.source, config.cache_dir, progress)
 
 
-def _prepare(config: EngineConfig, progress: Progress) -> Path | None:
+def prepare(config: EngineConfig, progress: Progress) -> Path | None:
     """Fetch the model, and make the adapters the configuration asks for."""
     folder = _resolve(config, progress)
     if config.adapters.synthetic is not None:
@@ -129,13 +130,27 @@ def _make_adapters(
     )
 
 
-def _tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:
+def read_tokenizer(config: EngineConfig, folder: Path | None) -> Tokenizer:
+    """The model's tokenizer; a stand-in for random weights."""
     if folder is not None:
         return Tokenizer(folder)
     size = from_hf(config.model.architecture or {}).vocab_size
     with tempfile.TemporaryDirectory(prefix="jslora-") as scratch:
         stand_in.write_tokenizer(Path(scratch), size)
         return Tokenizer(Path(scratch))
+
+
+def make_service(config: EngineConfig, client: EngineClient, tokenizer: Tokenizer) -> Service:
+    """What the application needs to serve an engine."""
+    return Service(
+        config=config,
+        client=client,
+        names=Names(config.model.served_name, client.adapters),
+        tokenizer=tokenizer,
+        keys=KeyRing(config.auth),
+        metrics=Metrics(client, config),
+        started=int(time.time()),
+    )
 
 
 # While it runs ------------------------------------------------------------------------------------
@@ -174,15 +189,7 @@ async def _serve(
     began: float,
 ) -> int:
     client = EngineClient(config, folder, worker, bars)
-    service = Service(
-        config=config,
-        client=client,
-        names=Names(config.model.served_name, client.adapters),
-        tokenizer=tokenizer,
-        keys=KeyRing(config.auth),
-        metrics=Metrics(client, config),
-        started=int(time.time()),
-    )
+    service = make_service(config, client, tokenizer)
     server = HttpServer(create_app(service), config)
     signals = Signals()
     async with signals.listening(), asyncio.TaskGroup() as tasks:
@@ -230,7 +237,7 @@ async def _end_engine(engine: asyncio.Task[None]) -> int:
         log.error("%s", error)
         if error.error is not None:
             return exit_code(error.error)
-        return error.code if error.code in (2, 3) else 4
+        return error.code if error.code in (2, 3, EXIT_CODE) else 4
     return 0
 
 

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from jslora.config import EngineConfig
 from jslora.errors import JsloraError, Overloaded, RateLimited, TooLate, Unavailable
-from jslora.request import Stats
+from jslora.request import MAX_NAMED, Stats
 from jslora.server.client import EngineClient
 
 MAX_LISTED = 64
@@ -43,6 +43,7 @@ _GAUGES = (
     ("pages_kv", "pages_kv", "Pages that hold KV cache of sequences."),
     ("pages_cached", "pages_cached", "Pages that only the prefix cache holds."),
     ("lora_pages", "pages_adapters", "Pages that hold adapter weights."),
+    ("lora_pages_idle", "pages_idle", "Of those, pages of adapters that nothing uses."),
     ("lora_host_bytes", "host_bytes", "Bytes of packed adapters in host memory."),
     ("lora_adapters_registered", "adapters_registered", "Adapters that may be asked for."),
     ("lora_adapters_host", "adapters_host", "Adapters packed in host memory."),
@@ -201,9 +202,11 @@ class EngineMetrics(Collector):
             yield self._counter(name, text, getattr(stats, field))
         yield self._counter("engine_restarts", "Times the engine was restarted.", client.restarts)
         yield self._gauge("engine_up", "1 while the engine serves.", client.state == "ready")
-        unused = stats.pages_free + stats.pages_cached
-        used = 1 - unused / stats.pages_total if stats.pages_total else 0.0
-        yield self._gauge("kv_cache_usage_perc", "Share of the pool in use, 0 to 1.", used)
+        yield self._gauge(
+            "kv_cache_usage_perc",
+            "Share of the pool in use, 0 to 1; what a request could have is not.",
+            _share_in_use(stats),
+        )
         yield self._info()
         yield self._load_seconds(stats)
         yield self._adapters(stats)
@@ -269,12 +272,33 @@ class EngineMetrics(Collector):
         return gauge
 
     def _adapters(self, stats: Stats) -> Metric:
+        """What routers send requests by; nothing is ready while the engine is not."""
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         family = GaugeMetricFamily(
-            "jslora:lora_requests_info", "Adapters in use; the value is the time.", labels=labels
+            "jslora:lora_requests_info",
+            "Adapters that are ready, and that are waited for; the value is the time.",
+            labels=labels,
         )
-        limit = str(self._config.scheduler.max_running)
-        running = ",".join(stats.running_adapters[:MAX_LISTED])
-        waiting = ",".join(stats.waiting_adapters[:MAX_LISTED])
-        family.add_metric([limit, running, waiting], time.time())
+        limit = self._config.scheduler.max_running
+        ready, waiting = _ready_and_waiting(
+            stats if self._client.state == "ready" else Stats(), limit
+        )
+        family.add_metric([str(limit), ",".join(ready), ",".join(waiting)], time.time())
         return family
+
+
+def _share_in_use(stats: Stats) -> float:
+    """Of the pool; cached pages and those of idle adapters go as soon as others are in need."""
+    unused = stats.pages_free + stats.pages_cached + stats.pages_idle
+    return max(0.0, 1 - unused / stats.pages_total) if stats.pages_total else 0.0
+
+
+def _ready_and_waiting(stats: Stats, limit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Adapters that run or lie ready on the device, and that are waited for.
+
+    A router sees room for one more adapter where both are fewer than `limit`. Idle adapters give
+    way, so they are told of only as far as they do not hide that there is room.
+    """
+    running, waiting = stats.running_adapters[:MAX_NAMED], stats.waiting_adapters[:MAX_NAMED]
+    spare = min(limit, MAX_NAMED) - 1 - len(running) - len(waiting)
+    return running + stats.idle_adapters[: max(0, spare)], waiting

@@ -49,9 +49,10 @@ class EngineProcess:
         folder: Path | None,
         on_news: Callable[[wire.News], None],
     ) -> "EngineProcess":
-        """Start `command --socket ADDRESS` in a process group of its own and hand it `config`.
+        """Start `command --socket ADDRESS` in a session of its own and hand it `config`.
 
-        A group of its own keeps a Ctrl-C on the terminal for the front end, which drains.
+        A session of its own keeps a Ctrl-C on the terminal for the front end, which drains; a
+        process group would do, but not every event loop can start one.
         """
         directory = tempfile.TemporaryDirectory(prefix="jslora-")  # created with mode 0700
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
@@ -62,8 +63,9 @@ class EngineProcess:
             address = f"ipc://{directory.name}/engine"
             socket.bind(address)
             process = await asyncio.create_subprocess_exec(
-                *command, "--socket", address, stdin=asyncio.subprocess.PIPE, process_group=0
-            )
+                *command, "--socket", address,
+                stdin=asyncio.subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
         except BaseException:
             socket.close()
             directory.cleanup()
@@ -127,7 +129,7 @@ class EngineProcess:
 
 
 def redacted(config: EngineConfig) -> dict[str, Any]:
-    """The configuration as plain data, with API keys replaced by numbers: secrets stay here."""
+    """The configuration as plain data, with API keys replaced by numbers and a token by stars."""
     data = config.model_dump(mode="json")
     if data["auth"]["keys"] is not None:
         rights = data["auth"]["keys"].values()
@@ -136,9 +138,9 @@ def redacted(config: EngineConfig) -> dict[str, Any]:
 
 
 def start_line(config: EngineConfig, folder: Path | None) -> bytes:
-    """The line an engine process reads first."""
-    start = {
-        "config": redacted(config),
-        "folder": None if folder is None else str(folder),
-    }
+    """The line an engine process reads first: API keys stay here, a group's token does not."""
+    data = redacted(config)
+    if config.distributed.token is not None:
+        data["distributed"]["token"] = config.distributed.token.get_secret_value()
+    start = {"config": data, "folder": None if folder is None else str(folder)}
     return json.dumps(start).encode() + b"\n"

@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,7 @@ class Engine:
         self.too_late = self.rate_limited = 0
         self.refused: set[tuple[int, ...]] = set()
         self.service: Counter[str] = Counter()
+        self.used: dict[str, None] = {}  # the last used last
 
     def run(self) -> None:
         pulse = 0.0
@@ -163,12 +165,24 @@ class Engine:
             too_late=self.too_late,
             rate_limited=self.rate_limited,
             **self._waits(),
-            running_adapters=tuple(sorted({r.request.adapter or "" for r in self.rows.values()})),
+            running_adapters=self._asked_for(lambda row: row.made > 0),
+            waiting_adapters=self._asked_for(lambda row: row.made == 0),
+            idle_adapters=self._idle(),
         )
         changed = [i for i in self.adapters.values() if self.told.get(i.name) is not i]
         removed = [name for name in self.told if name not in self.adapters]
         self.told = dict(self.adapters)
         self.send(wire.Pulse(stats, changed, removed))
+
+    def _asked_for(self, condition: Callable[[Row], bool]) -> tuple[str, ...]:
+        """Adapters of the rows that meet a condition."""
+        names = {row.request.adapter for row in self.rows.values() if condition(row)}
+        return tuple(sorted(name for name in names if name))
+
+    def _idle(self) -> tuple[str, ...]:
+        """Adapters that were used and are no more, the last first."""
+        busy = {row.request.adapter for row in self.rows.values()}
+        return tuple(n for n in reversed(self.used) if n in self.adapters and n not in busy)
 
     def _waits(self) -> dict[str, Any]:
         """Who waits for a first token since when, by tenant and by adapter."""
@@ -292,8 +306,9 @@ class Engine:
         if events:
             self.send(wire.Events(events))
         for event in events:
-            if event.last:
-                del self.rows[event.id]
+            if event.last and (adapter := self.rows.pop(event.id).request.adapter):
+                self.used.pop(adapter, None)
+                self.used[adapter] = None
 
     def _advance(self, row: Row) -> TokenEvent:
         request, params = row.request, row.request.params
