@@ -1,0 +1,1 @@
+"""jslora inside other systems; each module needs the extra that bears its system's name."""
