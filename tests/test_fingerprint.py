@@ -112,9 +112,9 @@ def test_one_foreign_position_of_a_whole_context_raises_an_alarm(
     def change(plan: Plan) -> Plan:
         (row,) = plan.rows
         if row.position == last:
-            runner = engine.core.runner
+            device = engine.core.runner.devices
             value = (row.pages[0], 3, 1, 0, FAMILIES)
-            runner.pages = runner.pages.at[value].multiply(-1)
+            device.pages = device.pages.at[value].multiply(-1)
         return plan
 
     interfere(engine, monkeypatch, change)

@@ -2,8 +2,9 @@
 
 Invariants: numbers only grow; who obeys, in the order given, every change with a number above those
 it has obeyed is where everybody else is, whether it starts from nothing or from any number. Of an
-adapter only the last change is kept, in the place of its first, so that an alias finds what it
-leads to; aliases keep all of theirs, for what they may be rolled back to.
+adapter only the last change is kept: a load in the place of its first, so that an alias finds what
+it leads to, and an unload where it happened, when no alias led there any more. Aliases keep all of
+theirs, for what they may be rolled back to.
 """
 
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ class ChangeLog:
     def put(self, changes: Sequence[Change]) -> None:
         """Note changes that were obeyed elsewhere first, as `after` gave them."""
         for change in changes:
+            if change.call.path == UNLOAD:
+                self._changes.pop(_place(change), None)
             self._changes[_place(change)] = change
             self.last = max(self.last, change.number)
 

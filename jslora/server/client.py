@@ -30,6 +30,7 @@ from jslora.server.registry import Adapters
 log = logging.getLogger("jslora.server")
 
 HANG_SECONDS = 120.0  # a live engine sends a Pulse every second; the leader of a group has less
+LOOK_SECONDS = 0.25  # between two looks at how long the engine has been silent
 STOP_SECONDS = 10.0
 QUICK_SECONDS = 60.0  # an engine that dies sooner after it was ready counts as a failed start
 MAX_QUICK_DEATHS = 3
@@ -272,9 +273,7 @@ class EngineClient:
         group = self._config.distributed.num_processes > 1
         while not death.done():
             waited: set[asyncio.Task[Any]] = {death} if ready.done() else {death, ready}
-            await asyncio.wait(
-                waited, timeout=min(1.0, self._patience / 4), return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(waited, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
                 ready.result()  # raises what went wrong in it
             if self._heard is None or not (group or self.state == "ready"):
