@@ -36,7 +36,15 @@ class Split:
             sizes["hidden width"] = model.hidden
         for what, size in sizes.items():
             if size % self.devices:
-                raise ModelError(f"{size} {what} cannot be split over {self.devices} devices")
+                able = [
+                    n
+                    for n in range(1, model.kv_heads + 1)
+                    if not any(s % n for s in sizes.values())
+                ]
+                raise ModelError(
+                    f"{size} {what} cannot be split over {self.devices} devices; mesh.model may be "
+                    f"one of {able}"
+                )
         return replace(
             model,
             heads=model.heads // self.devices,
