@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -351,6 +351,7 @@ JSON = st.recursive(
 KEYS = sorted({name for _, name in sections(EngineConfig)} | {"x"})
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(sorted(EngineConfig.model_fields)),
@@ -363,6 +364,7 @@ def test_whatever_is_given_is_read_or_refused(data: dict) -> None:
         parse(MINIMAL | data)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | st.builds(yaml.safe_dump, JSON))
 def test_whatever_a_file_holds_is_read_or_refused(tmp_path_factory: Any, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"config-{next(_names)}.yaml"

@@ -55,7 +55,8 @@ def test_a_part_projects_between_the_same_streams() -> None:
 
 @pytest.mark.parametrize("devices", [3, 8])
 def test_kv_heads_that_do_not_divide_are_refused(devices: int) -> None:
-    with pytest.raises(ModelError, match=f"4 kv heads cannot be split over {devices} .* one of .1, 2, 4."):
+    words = f"4 kv heads cannot be split over {devices} devices; mesh.model may be one of .1, 2, 4."
+    with pytest.raises(ModelError, match=words):
         Split(devices).local(CONFIG)
 
 
