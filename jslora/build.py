@@ -32,7 +32,7 @@ from jslora.memory.budget import MemoryPlan, host_memory_available, plan_memory
 from jslora.model.checkpoint import Checkpoint, file_facts
 from jslora.model.config import ModelConfig, from_hf
 from jslora.model.weights import dummy_weights, load_weights, shapes
-from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
+from jslora.programs import Catalog, Sizes, choose_kernels
 from jslora.progress import Progress
 from jslora.request import EngineInfo
 from jslora.runner import Runner
@@ -139,7 +139,7 @@ def _packing(
     own = plan.split.devices // jax.process_count()
     first = jax.process_index() * own
     limits = AdapterLimits(config.adapters.max_rank, config.adapters.max_file_bytes, plan.pages - 2)
-    numbers = page_numbers(model, plan.page_size, plan.split)
+    numbers = plan.split.page_numbers(model, plan.page_size)
     return numbers, np.dtype(jnp.dtype(config.model.dtype)), limits, range(first, first + own)
 
 

@@ -23,7 +23,7 @@ from jslora.calls import SCORE_ROWS
 from jslora.model.config import MODULES, ModelConfig
 from jslora.model.weights import shapes
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
-from jslora.sharding import EACH, POOL, WHOLE, Job, part_shape, splits_vocabulary, weight_spec
+from jslora.sharding import EACH, POOL, WHOLE, Job, part_shape, weight_spec
 from jslora.spans import pack_spans, span_pairs
 from jslora.split import ONE_DEVICE, Split
 from jslora.step import Programs, Weights, sample, score, write_pages
@@ -52,15 +52,10 @@ class Sizes:
     dtype: jnp.dtype
 
 
-def page_numbers(config: ModelConfig, page_size: int, split: Split = ONE_DEVICE) -> int:
-    """Numbers in one page of one layer on one device: S tokens of its keys and values."""
-    return page_size * 2 * split.local(config).kv_heads * config.head_dim
-
-
 def slack(config: ModelConfig, page_size: int, split: Split = ONE_DEVICE) -> int:
     """Pages behind the last layer that are only ever read past (see `slack_pages`)."""
     longest = max(max(split.rows(config, module)) for module in MODULES)
-    return slack_pages(longest, page_numbers(config, page_size, split))
+    return slack_pages(longest, split.page_numbers(config, page_size))
 
 
 def choose_kernels(
@@ -72,7 +67,7 @@ def choose_kernels(
         NotImplementedError: one was asked for by name and cannot be had; says why.
     """
     rows = tuple(split.rows(config, module) for module in MODULES)
-    page = page_numbers(config, page_size, split)
+    page = split.page_numbers(config, page_size)
     checks = {
         "lora": partial(lora.check, rows=rows, page=page),
         "attention": partial(attention.check, head_dim=config.head_dim),
@@ -101,7 +96,7 @@ class Catalog:
             layers=c.layers,
             pages=sizes.pages,
             page_size=sizes.page_size,
-            page_numbers=page_numbers(c, sizes.page_size, split),
+            page_numbers=split.page_numbers(c, sizes.page_size),
             slots=sizes.max_running,
             drop_page=self.pool_rows,
             attention=attention.attention_cut(sizes.max_model_len, self.kernels),
@@ -152,7 +147,7 @@ class Catalog:
     @cached_property
     def weight_specs(self) -> dict[str, PartitionSpec]:
         """How each leaf of the model is split."""
-        vocabulary = splits_vocabulary(self.config, self.split.devices)
+        vocabulary = self.split.splits_vocabulary(self.config)
         return {name: weight_spec(name, vocabulary=vocabulary) for name in shapes(self.config)}
 
     @property

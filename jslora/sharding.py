@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jslora.errors import ConfigError
-from jslora.model.config import ModelConfig
 
 AXIS = "model"
 
@@ -67,11 +66,6 @@ class Job(NamedTuple):
             self.given, self.arguments, is_leaf=lambda node: isinstance(node, PartitionSpec),
         )  # fmt: skip
         return self._replace(function=function, arguments=arguments)
-
-
-def splits_vocabulary(config: ModelConfig, devices: int) -> bool:
-    """Whether each device holds its share of the rows of the embedding and the head."""
-    return devices > 1 and config.vocab_size % devices == 0
 
 
 def weight_spec(name: str, *, vocabulary: bool = False) -> PartitionSpec:

@@ -52,6 +52,14 @@ class Split:
             feed_forward=model.feed_forward // self.devices,
         )
 
+    def page_numbers(self, model: ModelConfig, page_size: int) -> int:
+        """Numbers in one page of one layer on one device: S tokens of its keys and values."""
+        return page_size * 2 * self.local(model).kv_heads * model.head_dim
+
+    def splits_vocabulary(self, model: ModelConfig) -> bool:
+        """Whether each device holds its share of the rows of the embedding and the head."""
+        return self.devices > 1 and model.vocab_size % self.devices == 0
+
     def rows(self, model: ModelConfig, module: str) -> tuple[int, int]:
         """Lengths of one device's rows of A and of B; `model` is the whole one."""
         wide_in, wide_out = self.local(model).widths(module)

@@ -28,7 +28,7 @@ from jslora.batch import Bucket, Geometry
 from jslora.buckets import SMALLEST
 from jslora.model.config import ModelConfig
 from jslora.model.transformer import Block, Layout, StepInput, rms_norm, rope_tables
-from jslora.sharding import AXIS, splits_vocabulary
+from jslora.sharding import AXIS
 from jslora.split import ONE_DEVICE, Split
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import Shape, Work, work_shape
@@ -63,7 +63,7 @@ class Programs:
     @property
     def vocabulary_axis(self) -> str | None:
         """The mesh axis over which embedding and head are split, if they are."""
-        return AXIS if splits_vocabulary(self.config, self.split.devices) else None
+        return AXIS if self.split.splits_vocabulary(self.config) else None
 
     @cached_property
     def leaf_names(self) -> list[str]:

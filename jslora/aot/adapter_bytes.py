@@ -44,7 +44,7 @@ def measure() -> list[AdapterBytes]:
 def _measure(split: Split) -> tuple[int, int]:
     """Pages that it takes on a device, and bytes."""
     model = from_hf(MODELS[MODEL])
-    page = PAGE_SIZE * 2 * split.local(model).kv_heads * model.head_dim
+    page = split.page_numbers(model, PAGE_SIZE)
     rank = np.full((model.layers, len(MODULES)), RANK, np.int32)
     layout = lay_out(rank, np.ones(rank.shape, np.float32), model, page, split)
     return layout.n_pages, layout.n_pages * page * model.layers * BYTES

@@ -31,7 +31,7 @@ from jslora.bench.floor import Row, step_floor
 from jslora.lora import apply_lora
 from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.model.weights import shapes
-from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
+from jslora.programs import Catalog, Sizes, choose_kernels
 from jslora.sharding import AXIS, Job, whole_array
 from jslora.split import Split
 from pallas_kernels.launch import OFF
@@ -242,7 +242,7 @@ def make_catalog(case: Case, layers: int) -> Catalog:
     """The programs of one device of a case, with the pool at its production size."""
     config = from_hf({**MODELS[case.model], "num_hidden_layers": layers})
     split = Split(case.devices, case.fully)
-    page = page_numbers(config, case.page_size, split) * DTYPE.itemsize
+    page = split.page_numbers(config, case.page_size) * DTYPE.itemsize
     sizes = Sizes(
         pages=POOL_BYTES[case.model] // (page * layers),
         page_size=case.page_size,

@@ -33,7 +33,7 @@ from jslora.distributed.obedience import Obedience
 from jslora.distributed.section import DistributedSection
 from jslora.distributed.uplink import Uplink
 from jslora.model.config import MODULES, from_hf
-from jslora.programs import Catalog, Sizes, choose_kernels, page_numbers
+from jslora.programs import Catalog, Sizes, choose_kernels
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from jslora.split import Split
 
@@ -123,7 +123,7 @@ def _placements(load: Load, catalog: Catalog) -> list[Placement]:
     model, random = catalog.config, np.random.default_rng(1)
     rank = np.full((model.layers, len(MODULES)), _RANK, np.int32)
     scale = np.ones(rank.shape, np.float32)
-    numbers = page_numbers(model, _PAGE, catalog.split)
+    numbers = catalog.split.page_numbers(model, _PAGE)
     layout = lay_out(rank, scale, model, numbers, catalog.split)
     return [
         Placement(

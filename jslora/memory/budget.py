@@ -92,7 +92,7 @@ def plan_memory(
     size, devices = config.pool.page_size, config.mesh.model
     weights = _parameters(model, devices) * width
     slots = config.scheduler.max_running * model.vocab_size * _STATE_BYTES
-    page_bytes = model.layers * _page_numbers(model, size, devices) * width
+    page_bytes = model.layers * Split(devices).page_numbers(model, size) * width
     longest = -(-length // size)
     pages = config.pool.pages
     if pages is None:
@@ -128,7 +128,7 @@ def choose_split(config: EngineConfig, model: ModelConfig, pages: int) -> tuple[
         return split, "mesh.lora asks for it"
     rank = min(_USUAL_RANK, config.adapters.max_rank)
     numbers = sum(rank * sum(plain.rows(model, module)) for module in MODULES)
-    each = -(-numbers // _page_numbers(model, config.pool.page_size, devices))
+    each = -(-numbers // Split(devices).page_numbers(model, config.pool.page_size))
     needed = config.scheduler.max_running * each
     shape = f"{config.scheduler.max_running} adapters of rank {rank} on every module"
     if 2 * needed <= pages:
@@ -145,15 +145,11 @@ def lora_name(split: Split) -> str:
 
 def _parameters(model: ModelConfig, devices: int) -> int:
     """Weights of one device: its part of what is split, and the rest whole."""
-    local = Split(devices).local(model)
-    if model.vocab_size % devices == 0:
+    split = Split(devices)
+    local = split.local(model)
+    if split.splits_vocabulary(model):
         local = replace(local, vocab_size=model.vocab_size // devices)
     return local.parameters
-
-
-def _page_numbers(model: ModelConfig, page_size: int, devices: int) -> int:
-    """Numbers in one page of one layer on one device."""
-    return page_size * 2 * Split(devices).local(model).kv_heads * model.head_dim
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -27,6 +27,7 @@ from jslora.errors import ModelError
 from jslora.files import read_json
 from jslora.model.config import ModelConfig
 from jslora.progress import Progress, silent
+from jslora.split import Split
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """Leaf name and shape → where it lives."""
@@ -90,9 +91,7 @@ def load_weights(
         ModelError: a tensor is missing, has no place, or has another shape or type; a file is
             missing or damaged; heads or the feed-forward width do not divide by `shards`.
     """
-    for what, size in (("kv heads", config.kv_heads), ("feed-forward width", config.feed_forward)):
-        if size % shards:
-            raise ModelError(f"{size} {what} cannot be split over {shards} devices")
+    Split(shards).local(config)
     leaves = _leaves(config)
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)

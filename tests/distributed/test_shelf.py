@@ -14,7 +14,6 @@ from jslora.adapters.reader import Reader
 from jslora.distributed.shelf import Shelf
 from jslora.errors import AdapterRejected
 from jslora.fetch import load_config
-from jslora.programs import page_numbers
 from jslora.split import Split
 
 MODEL = load_config(ROOT / "llama" / "model")
@@ -35,7 +34,7 @@ def roots(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def make(roots: list[Path], tmp_path: Path) -> Make:
     def shelf(devices: range, host_bytes: int = SIZE, cache_bytes: int = SIZE) -> Shelf:
-        numbers = page_numbers(MODEL, 16, SPLIT)
+        numbers = SPLIT.page_numbers(MODEL, 16)
         cache = PackedCache(tmp_path / "cache", MODEL, numbers, F32, cache_bytes, SPLIT, devices)
         reader = Reader(MODEL, numbers, F32, Limits(), SIZE, cache, SPLIT, devices)
         return Shelf(roots, reader, cache, host_bytes)
