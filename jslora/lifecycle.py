@@ -197,7 +197,7 @@ class Lifecycle:
                 continue
             log.error("adapter %s did not get to the device", version.digest, exc_info=outcome)
             self._store.note_failure(version.digest, "it could not be brought to the device")
-            waiting = [s for s in self._scheduler.waiting if s.digest == version.digest]
+            waiting = [s for s in self._scheduler.waiting if version.digest in s.digests]
             error = EngineFailed("its adapter could not be brought to the device; send it again")
             events += self._scheduler.fail(waiting, error)
         return events

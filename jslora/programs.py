@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec
 
 from jslora import sampling
 from jslora.batch import SAMPLERS, Bucket, Geometry, Segment, int_fields, sample_fields, size
-from jslora.blocks import block_items, pack_blocks
+from jslora.blocks import block_fields, block_items, pack_blocks
 from jslora.buckets import make_buckets
 from jslora.calls import SCORE_ROWS
 from jslora.model.config import MODULES, ModelConfig
-from jslora.model.weights import shapes
+from jslora.model.weights import abstract_weights
 from jslora.request import MAX_LOGIT_BIAS, MAX_STOP_IDS
 from jslora.sharding import EACH, POOL, WHOLE, Job, part_shape, weight_spec
 from jslora.spans import pack_spans, span_pairs
@@ -50,6 +50,9 @@ class Sizes:
     max_model_len: int
     max_rank: int
     dtype: jnp.dtype
+    storages: tuple[str, ...] = ("full",)
+    max_composed: int = 1
+    quantize: str = "none"
 
 
 def slack(config: ModelConfig, page_size: int, split: Split = ONE_DEVICE) -> int:
@@ -102,8 +105,11 @@ class Catalog:
             attention=attention.attention_cut(sizes.max_model_len, self.kernels),
             rank_block=RANK_BLOCK,
             max_rank=sizes.max_rank,
+            max_composed=sizes.max_composed,
             row_lengths=tuple(split.rows(c, module) for module in MODULES),
             peers=tuple(split.peers(module) for module in MODULES),
+            storages=sizes.storages,
+            word_bits=8 * sizes.dtype.itemsize,
         )
 
     @property
@@ -113,7 +119,10 @@ class Catalog:
 
     @cached_property
     def programs(self) -> Programs:
-        return Programs(self.config, self.sizes.dtype, self.geometry, self.kernels, self.split)
+        return Programs(
+            self.config, self.sizes.dtype, self.geometry, self.kernels, self.split,
+            self.sizes.quantize,
+        )  # fmt: skip
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -137,18 +146,24 @@ class Catalog:
 
     def weights(self) -> tuple[Weights, Any]:
         """The abstract weights, and the head's."""
-        dtype, specs = self.sizes.dtype, self.weight_specs
+        specs, devices = self.weight_specs, self.split.devices
         leaves: dict[str, Any] = {
-            name: jax.ShapeDtypeStruct(part_shape(shape, specs[name], self.split.devices), dtype)
-            for name, shape in shapes(self.config).items()
+            name: jax.ShapeDtypeStruct(part_shape(leaf.shape, specs[name], devices), leaf.dtype)
+            for name, leaf in self.leaves.items()
         }
         return self.programs.weights(leaves), leaves[self.head]
 
     @cached_property
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Every leaf of the model, whole."""
+        sizes = self.sizes
+        return abstract_weights(self.config, sizes.dtype, sizes.quantize, self.split.devices)
+
+    @cached_property
     def weight_specs(self) -> dict[str, PartitionSpec]:
-        """How each leaf of the model is split."""
+        """How each of them is split."""
         vocabulary = self.split.splits_vocabulary(self.config)
-        return {name: weight_spec(name, vocabulary=vocabulary) for name in shapes(self.config)}
+        return {name: weight_spec(name, vocabulary=vocabulary) for name in self.leaves}
 
     @property
     def head(self) -> str:
@@ -230,9 +245,10 @@ class Catalog:
         if isinstance(shape, BlockShape):
             n = block_items(bucket, g, shape) * shape.blocks
             return BlockWork(
-                _ints(*lists, n, 7), _floats(*lists, n), _ints(*lists), _ints(), _ints(g.pages)
-            )
-        n = span_pairs(bucket, shape)
+                _ints(*lists, n, block_fields(g)), _floats(*lists, n), _ints(*lists), _ints(),
+                _ints(g.pages),
+            )  # fmt: skip
+        n = span_pairs(bucket, shape, g.max_composed)
         return SegmentWork(
             _ints(n, 8), _ints(1), _ints(*lists, n, 3), _floats(*lists, n), _ints(g.pages)
         )

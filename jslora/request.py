@@ -15,6 +15,7 @@ MAX_STOP_IDS = 16
 MAX_LOGIT_BIAS = 300
 MAX_PRIORITY = 100
 MAX_SLO_SECONDS = 3600.0
+MAX_SCALE = 2.0
 MAX_NAMED = 256  # adapters in one list of `Stats` that is told of
 
 
@@ -58,6 +59,13 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
 
+class Scaled(NamedTuple):
+    """An adapter of a request, by its registered name, and what its delta is multiplied by."""
+
+    name: str
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence to generate.
@@ -65,7 +73,7 @@ class Request:
     Attributes:
         id: unique among running requests.
         prompt: token ids, at least one.
-        adapter: registered adapter name, or None for the base model.
+        adapters: whose deltas are added to the base model's outputs; none is the base alone.
         tenant: who pays for it; the API key's tenant.
         cache_salt: prompts share cached pages only within one tenant and one salt.
         priority: levels after the most urgent of its tenant, 0 to `MAX_PRIORITY`.
@@ -75,11 +83,16 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    adapter: str | None = None
+    adapters: tuple[Scaled, ...] = ()
     tenant: str = "default"
     cache_salt: str = ""
     priority: int = 0
     ttft_slo: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The names of its adapters, joined by "+"; empty for the base model."""
+        return "+".join(adapter.name for adapter in self.adapters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +172,9 @@ class AdapterInfo:
         bytes_disk, bytes_host, bytes_device: what its packed pages take in each tier now.
         pages: pages it takes on the device; the same ids in every layer.
         padding: share of those pages' numbers that hold no weight.
+        storage: how its weights are kept: "full", "int8" or "int4".
+        output_error: root mean square of what that changes its deltas by, as a share of theirs, for
+            inputs of independent numbers; None until it was read whole, 0 if nothing changes.
         in_flight: requests that hold it, running or waiting.
         seconds: stage of its last load -> seconds ("read", "pack", "map", "transfer", ...).
         warnings: for instance that it was trained for a base of another name.
@@ -177,6 +193,8 @@ class AdapterInfo:
     bytes_device: int = 0
     pages: int = 0
     padding: float = 0.0
+    storage: str = "full"
+    output_error: float | None = None
     pinned: bool = False
     in_flight: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

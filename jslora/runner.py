@@ -95,7 +95,8 @@ class Runner:
         bucket = choose(self.catalog.buckets, rows.length.tolist())
         ints, floats = pack_sampling(rows, bucket.rows, self._sizes.max_running)
         parts = segments(rows)
-        key = (bucket, tuple((id(part.placement), part.start, part.end) for part in parts))
+        lists = ((id(part.placement), part.start, part.end, part.scale) for part in parts)
+        key = (bucket, tuple(lists))
         known, self._sent = key == self._sent, None  # until they were taken
         places, scores = self._scores(plan)
         step = self.devices.step(

@@ -29,11 +29,12 @@ WHOLE = PartitionSpec()
 """What every device has whole."""
 
 _LEAVES = {
-    "qkv": PartitionSpec(None, AXIS),
+    "qkv": PartitionSpec(AXIS, None),
     "qkv_bias": PartitionSpec(AXIS),
-    "o": PartitionSpec(AXIS, None),
-    "gate_up": PartitionSpec(None, AXIS),
-    "down": PartitionSpec(AXIS, None),
+    "o": PartitionSpec(None, AXIS),
+    "gate_up": PartitionSpec(AXIS, None),
+    "down": PartitionSpec(None, AXIS),
+    **{f"{name}_scale": PartitionSpec(AXIS) for name in ("qkv", "o", "gate_up", "down")},
 }
 
 
@@ -69,9 +70,9 @@ class Job(NamedTuple):
 
 
 def weight_spec(name: str, *, vocabulary: bool = False) -> PartitionSpec:
-    """How the leaf of a dotted name (`jslora.model.weights.shapes`) is split.
+    """How the leaf of a dotted name (`jslora.model.weights.abstract_weights`) is split.
 
-    Fused columns are ordered shard by shard, as `load_weights` does with `shards`.
+    Fused rows are ordered shard by shard, as `load_weights` does with `shards`.
 
     Args:
         vocabulary: whether embedding and head are split.

@@ -52,6 +52,7 @@ class Programs:
     Attributes:
         config: of the whole model.
         geometry: one device's.
+        quantize: how linear layers are kept, "none" or one of `quantize.FORMATS`.
     """
 
     config: ModelConfig
@@ -59,6 +60,7 @@ class Programs:
     geometry: Geometry
     kernels: Kernels
     split: Split = ONE_DEVICE
+    quantize: str = "none"
 
     @property
     def vocabulary_axis(self) -> str | None:
@@ -72,15 +74,19 @@ class Programs:
 
     def lora_shape(self, bucket: Bucket) -> Shape:
         """How the LoRA work of a bucket is cut."""
-        rank = self.geometry.max_rank
         peers = max(self.geometry.peers)
-        return work_shape(bucket.tokens, rank, self.kernels, prefill=bucket.prefill, peers=peers)
+        # Each of several adapters has its ranks rounded up to the devices that share them.
+        rank = self.geometry.max_rank + (self.geometry.max_composed - 1) * (peers - 1)
+        return work_shape(
+            bucket.tokens, rank, self.kernels, prefill=bucket.prefill, peers=peers,
+            storages=self.geometry.storages,
+        )  # fmt: skip
 
     def _block(self, bucket: Bucket) -> tuple[nnx.GraphDef, dict[str, tuple]]:
         """A block's structure, and the state path of each weight by its name."""
         layout = Layout(
             self.geometry.pages, bucket.prefill, self.lora_shape(bucket), self.geometry.attention,
-            self.kernels, self.split,
+            self.kernels, self.split, self.quantize,
         )  # fmt: skip
         config = self.split.local(self.config)
         block = nnx.eval_shape(lambda: Block(config, self.dtype, layout))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from goldens.adapters import PARENTS
-from goldens.cases import ROOT
+from goldens.cases import ROOT, Case
 from short_answers import QUANTILE, expect_short_answers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jslora.engine import Completion, Engine
+from jslora.engine import Adapter, Completion, Engine
 from jslora.errors import JsloraError
 from jslora.request import SamplingParams
 
@@ -21,6 +22,11 @@ LLAMA3 = ROOT / "llama3"
 CONFIG = json.loads((LLAMA3 / "model" / "config.json").read_text())
 PROMPT = [5, 6, 7, 8, 9]
 EVERYTHING = sorted(PARENTS)
+GOLDEN = SamplingParams(
+    temperature=0, max_tokens=16, ignore_eos=True, logprobs=20, prompt_logprobs=1
+)
+TOLERANCE = 2e-3
+"""Between log-probabilities in float32 and the goldens'."""
 
 
 def greedy(max_tokens: int = 12, **settings: Any) -> SamplingParams:
@@ -66,7 +72,7 @@ class Ask:
 
     prompt: Sequence[int]
     params: SamplingParams
-    adapter: str | None = None
+    adapter: Adapter | None = None
 
 
 class Asked:
@@ -74,7 +80,9 @@ class Asked:
 
     def __init__(self, engine: Engine, asks: Sequence[Ask]) -> None:
         self._engine = engine
-        self._jobs = [engine._job(ask.prompt, ask.params, ask.adapter) for ask in asks]
+        self._jobs = [
+            engine._job(ask.prompt, ask.params, engine._resolve(ask.adapter)) for ask in asks
+        ]
         self.ids = [job.request.id for job in self._jobs]
         engine.core.run_on_engine(self._submit)
 
@@ -102,6 +110,19 @@ def answers(engine: Engine, asks: Sequence[Ask]) -> list[Completion]:
             raise outcome
         found.append(outcome)
     return found
+
+
+def assert_golden(answer: Completion, case: Case, i: int) -> None:
+    """What an engine answered to a golden prompt, with `GOLDEN`, is what PEFT does in float32."""
+    assert list(answer.tokens) == case.greedy[i], case.name
+    expected = dict(zip(case.first_ids[i].tolist(), case.first_logprobs[i].tolist(), strict=True))
+    for token, logprob in answer.logprobs[0].top:
+        assert abs(logprob - expected[token]) <= TOLERANCE, (case.name, token)
+    chosen = [entry.logprob for entry in answer.logprobs]
+    np.testing.assert_allclose(chosen, case.logprobs[i], rtol=0, atol=TOLERANCE)
+    assert answer.prompt_logprobs is not None
+    scored = [entry.logprob for entry in answer.prompt_logprobs[1:] if entry]
+    np.testing.assert_allclose(scored, case.prompt_logprobs[i], rtol=0, atol=TOLERANCE)
 
 
 def tokens_of(engine: Engine, asks: Sequence[Ask]) -> list[tuple[int, ...]]:

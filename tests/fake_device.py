@@ -16,7 +16,7 @@ from fake_adapters import LAYERS, page_mark
 from jslora.batch import SAMPLERS, RowPlan
 from jslora.request import Request, TokenLogprob
 from jslora.schedule.plan import Limits, Plan, Results
-from jslora.schedule.sequence import Sequence
+from jslora.schedule.sequence import Sequence, weights_key
 
 
 @dataclass
@@ -36,11 +36,11 @@ def _hash(*parts: object) -> int:
 
 
 def _draw(
-    tokens: list[int], adapter: str, seed: int | None, counts: Counter[int] | None,
+    tokens: list[int], weights: str, seed: int | None, counts: Counter[int] | None,
     held: Iterable[int], vocab: int,
 ) -> tuple[int, bool]:  # fmt: skip
     """(token, whether the logits were finite); they always are unless the prompt begins with 0."""
-    number = _hash(tokens, adapter, seed, sorted(counts.items()) if counts is not None else None)
+    number = _hash(tokens, weights, seed, sorted(counts.items()) if counts is not None else None)
     token = number % vocab
     while token in held:
         token = (token + 1) % vocab
@@ -75,7 +75,7 @@ def stops(request: Request, limits: Limits) -> set[int]:
     return {*p.stop_token_ids, *(() if p.ignore_eos else limits.eos_token_ids)}
 
 
-def continue_request(request: Request, digest: str, limits: Limits) -> Answer:
+def continue_request(request: Request, weights: str, limits: Limits) -> Answer:
     """What a request must be answered, whatever else is going on."""
     p, answer, prompt = request.params, Answer(), list(request.prompt)
     if p.prompt_logprobs is not None:
@@ -86,7 +86,9 @@ def continue_request(request: Request, digest: str, limits: Limits) -> Answer:
         done = len(answer.tokens)
         held = ends if done < p.min_tokens else ()
         seed = None if p.temperature == 0 else p.seed
-        token, finite = _draw(prompt + answer.tokens, digest, seed, counts, held, limits.vocab_size)
+        token, finite = _draw(
+            prompt + answer.tokens, weights, seed, counts, held, limits.vocab_size
+        )
         if not finite:
             answer.end = "corrupt_output_error"
             if not done:
@@ -149,9 +151,9 @@ class FakeDevice:
         return Results(np.array(tokens, np.int32), np.array(finite), logprob, scores)
 
     def _check(self, plan: Plan) -> None:
-        digests = [row.placement.digest if row.placement else "" for row in plan.rows]
-        assert digests == sorted(digests), "rows of one adapter must lie side by side"
-        assert digests == [sequence.digest for sequence in plan.sequences]
+        weights = [self._weights(row) for row in plan.rows]
+        assert weights == sorted(weights), "rows of the same adapters must lie side by side"
+        assert weights == [sequence.weights for sequence in plan.sequences]
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), f"slots {slots}"
         assert min(row.length for row in plan.rows) > 0
@@ -176,24 +178,25 @@ class FakeDevice:
                 self.pool[at][offset] = (self._weights(row), token)
 
     def _read(self, row: RowPlan) -> list[int]:
-        """The row's context, and a look at its adapter's pages."""
+        """The row's context, and a look at its adapters' pages."""
         found = []
         for position in range(row.position + row.length):
             page, offset = divmod(position, self.limits.page_size)
             weights, token = self.pool[row.pages[page]][offset]
             assert weights == self._weights(row), f"KV of {weights!r} in a row of another adapter"
             found.append(token)
-        if row.placement:
-            number = int(row.placement.digest)
+        for placement, _ in row.applied:
+            number = int(placement.digest)
             for layer in range(LAYERS):
-                for n, page in enumerate(row.placement.pages):
+                for n, page in enumerate(placement.pages):
                     data = self.pool[layer * self.pages + page]
                     assert isinstance(data, np.ndarray), f"page {page} holds no adapter"
                     assert data.tolist() == page_mark(number, layer, n)
         return found
 
     def _weights(self, row: RowPlan) -> str:
-        return row.placement.digest if row.placement else ""
+        digests = [placement.digest for placement, _ in row.applied]
+        return weights_key(digests, [scale for _, scale in row.applied])
 
     def _sample(self, row: RowPlan, context: list[int], greedy: bool) -> tuple[int, bool]:
         if not row.samples:

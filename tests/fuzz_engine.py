@@ -3,7 +3,8 @@
 A hypothesis state machine keeps a model of what is registered under which name, and lets requests,
 loads, unloads, aliases, cancels and faults overlap; it waits for one only where a rule says so.
 Checked at once: every token is of an adapter that the request may have been bound to when it was
-sent, and all of one; every error has a cause that the machine knows of. Checked whenever all is
+sent, and all of one; those that it names with the scale 0 do not show, though they are held like
+the others; every error has a cause that the machine knows of. Checked whenever all is
 quiet, and at the end of every example: pages, host bytes, slots and the ledger are accounted for by
 what is registered, and nothing is left of anything else.
 
@@ -15,13 +16,24 @@ import queue
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from fingerprint import IDS, LENGTH, token
-from fuzz_world import AT_START, BAD, CONTENTS, LIVE, READS, STEPS, World, Wrong
+from fuzz_world import (
+    AT_START,
+    BAD,
+    CONTENTS,
+    LIVE,
+    PAGE_SIZE,
+    POOL_PAGES,
+    READS,
+    STEPS,
+    World,
+    Wrong,
+)
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -78,13 +90,17 @@ class Sent:
     """A request that is out.
 
     Attributes:
-        who: numbers it may have been bound to; None among them if it may have been refused.
+        names: of its adapters.
+        who: numbers that may answer; None among them if it may have been refused.
+        held: numbers it may have been bound to, those that do not show among them.
         before: the machine's `causes` when it was sent.
         tokens: how many came back.
     """
 
     job: _Job
+    names: tuple[str, ...]
     who: set[int | None]
+    held: set[int | None]
     family: int
     before: Counter[str]
     tokens: int = 0
@@ -148,19 +164,32 @@ class EngineMachine(RuleBasedStateMachine):
             st.tuples(st.integers(1, 10), st.integers(1, 12), st.booleans()), min_size=1, max_size=9
         ),
         salt=st.sampled_from(("", "", "salt")),
+        silent=st.just(()) | st.just(()) | st.lists(names, max_size=3, unique=True),
     )
-    def arrive(self, name: str | None, family: int, prefix: int, shapes: list, salt: str) -> None:
-        """Requests with a common beginning; each has (own tokens, tokens wanted, stops early)."""
+    def arrive(
+        self, name: str | None, family: int, prefix: int, shapes: list, salt: str,
+        silent: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Requests with a common beginning; each has (own tokens, tokens wanted, stops early).
+
+        Adapters in `silent` have the scale 0, even if `name` is among them.
+        """
         common = [token(family, i * i % IDS) for i in range(prefix)]
         for own, wanted, stops in shapes:
             rest = [token(family, (7 * own + i) % IDS) for i in range(own)]
-            self._send(name, family, [*common, *rest], wanted, stops, salt)
+            self._send(name, family, [*common, *rest], wanted, stops, salt, silent)
 
-    @rule(name=st.sampled_from((None, *NAMES)), family=families, more=st.integers(0, 20))
-    def press(self, name: str | None, family: int, more: int) -> None:
-        """A request that takes much of the pool; some are longer than any may be."""
-        prompt = [token(family, i % IDS) for i in range(70 + more)]
-        self._send(name, family, prompt, LENGTH - len(prompt) + more // 19, False)
+    @rule(
+        name=st.sampled_from((None, *NAMES)),
+        family=families,
+        more=st.integers(0, 20),
+        count=st.integers(1, 3),
+    )
+    def press(self, name: str | None, family: int, more: int, count: int) -> None:
+        """Requests that take much of the pool; some are longer than any may be."""
+        for own in range(count):
+            prompt = [token(family, (i + own) % IDS) for i in range(70 + more)]
+            self._send(name, family, prompt, LENGTH - len(prompt) + more // 19, False)
 
     def _send(
         self,
@@ -170,18 +199,23 @@ class EngineMachine(RuleBasedStateMachine):
         wanted: int,
         stops: bool,
         salt: str = "",
+        silent: Sequence[str] = (),
     ) -> None:
-        self._did("arrive", name, family, len(prompt), wanted, stops, salt)
+        self._did("arrive", name, family, len(prompt), wanted, stops, salt, *silent)
         self.unsettled += 1
         self.since_start += 1
         self._wait(lambda: len(self.sent) < MOST_OPEN, "a request to end")
         if name in ALIASES and not (name := self._picked(name)):
             return
-        who = self._may_be(name)
+        scales = {name: 1.0} if name else {}
+        scales |= dict.fromkeys(silent, 0.0)
+        parts = {name: self._may_be(name) for name in scales}
+        held: set[int | None] = set().union(*parts.values())
+        who = self._may_be(None if name in silent else name) | (held & {None})
         ids = tuple(token(family, n) for n in who if n is not None) if stops else ()
         params = SamplingParams(temperature=0, max_tokens=wanted, stop_token_ids=ids)
-        job = self.engine._job(prompt, params, name, cache_salt=salt)
-        self.sent[job.request.id] = Sent(job, who, family, self._causes())
+        job = self.engine._job(prompt, params, self.engine._resolve(scales), cache_salt=salt)
+        self.sent[job.request.id] = Sent(job, tuple(parts), who, held, family, self._causes())
         self.tally.requests += 1
         self.engine._submit(job, self.news.put)
 
@@ -196,7 +230,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _picked(self, alias: str) -> str | None:
         """Where an alias leads this time; None if it is not known."""
-        name, targets = self.engine._resolve(alias), self.aliases.get(alias)
+        (found,), targets = self.engine._resolve(alias), self.aliases.get(alias)
+        name = found.name
         self._expect(name in (targets[-1] if targets else (alias,)), f"{alias} led to {name}")
         return name if targets else None
 
@@ -295,7 +330,7 @@ class EngineMachine(RuleBasedStateMachine):
         digest, core = self.world.digests[number], self.engine.core
         holders = {*self.bound.values(), *(load.number for load in self.loading.values())}
         for sent in (*self.sent.values(), *self.cancelled.values()):
-            holders |= sent.who
+            holders |= sent.who | sent.held
         if number not in holders:
             self._expect(digest not in core.residency.residents, f"{number} is on the device")
             self._expect(digest not in self._cached(), f"KV of {number} is cached")
@@ -304,7 +339,9 @@ class EngineMachine(RuleBasedStateMachine):
     def _cached(self) -> set[str]:
         """Adapters whose KV is in the prefix cache."""
         prefix = self.engine.core.prefix
-        return self._on_engine(lambda: {entry.digest for entry in prefix._entries.values()})
+        return self._on_engine(
+            lambda: {d for entry in prefix._entries.values() for d in entry.digests}
+        )
 
     # Aliases -------------------------------------------------------------------------------------
 
@@ -440,16 +477,23 @@ class EngineMachine(RuleBasedStateMachine):
         elif event.finish_reason == "stop":
             right = event.stop_token in params.stop_token_ids
         else:
-            unload = f"unload {sent.job.request.adapter}"
+            unloads = [f"unload {name}" for name in sent.names]
             right = {
                 "engine_error": self._happened(*STEPS, "upload", since=sent.before),
                 "adapter_rejected": self._happened(*READS, since=sent.before)
-                or (self._happened("cache") and sent.job.request.adapter in self.rewritten),
-                "unavailable_error": self._happened(unload, "closed", since=sent.before),
+                or (self._happened("cache") and self.rewritten.intersection(sent.names)),
+                "unavailable_error": self._happened(*unloads, "closed", since=sent.before),
                 "not_found_error": None in sent.who,
-                "invalid_request_error": len(sent.job.request.prompt) + params.max_tokens > LENGTH,
+                "invalid_request_error": self._too_large(sent),
             }.get(event.error.type, False)
         self._expect(right, f"{event} is the end of {sent}")
+
+    def _too_large(self, sent: Sent) -> bool:
+        """Whether it may be that a request can never run."""
+        tokens = len(sent.job.request.prompt) + sent.job.request.params.max_tokens
+        known = [number for number in sent.held if number]
+        adapters = len(sent.names) * max((self.world.pages[number] for number in known), default=0)
+        return tokens > LENGTH or -(-tokens // PAGE_SIZE) + adapters > POOL_PAGES - 1
 
     def _did(self, kind: str, *details: Any) -> None:
         self.tally.operations[kind] += 1
@@ -510,7 +554,7 @@ class EngineMachine(RuleBasedStateMachine):
         known = sum(
             len(r.placement.pages) for d, r in core.residency.residents.items() if d in digests
         )
-        cached = sum(e.digest in digests | {""} for e in core.prefix._entries.values())
+        cached = sum(digests.issuperset(e.digests) for e in core.prefix._entries.values())
         leaked = stats.pages_total - stats.pages_free - known - cached
         self.tally.leaked_pages += leaked
         self._expect(leaked == 0, f"{leaked} pages are nobody's: {stats}")

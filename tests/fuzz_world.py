@@ -32,6 +32,7 @@ COUNTED = (
 LIVE = ("live-0", "live-1", "live-2")
 """Folders whose contents change."""
 BAD = ("truncated", "nan", "garbage", "foreign", "absent")
+POOL_PAGES, PAGE_SIZE = 40, 8
 STEPS = ("step refused", "step lost", "step failed late")
 READS = ("read", "fetch")
 
@@ -158,7 +159,7 @@ class World:
         surprises: errors that the engine met and no fault explains.
         failure: the first that was found.
         trail: the last operations.
-        digests: of the contents, by their numbers.
+        digests, pages: of the contents, by their numbers.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class World:
         self.engine: Engine | None = None
         self.faults: Faults | None = None
         self.digests: dict[int, str] = {}
+        self.pages: dict[int, int] = {}
         self._handler = _Surprises()
         self.surprises = self._handler.found
         if not folder.exists():
@@ -228,9 +230,9 @@ class World:
             with mock.patch.object(Device, "_compile", lambda *of: self._compile(*of)):
                 self.engine = small_engine(
                     self.roots, self.folder / "model",
-                    pool={"pages": 40, "page_size": 8},
+                    pool={"pages": POOL_PAGES, "page_size": PAGE_SIZE},
                     adapters={
-                        "max_rank": 16, "host_cache_bytes": 150_000,
+                        "max_rank": 64, "host_cache_bytes": 150_000,
                         "preload": [*AT_START], "pinned": [*AT_START][:1],
                     },
                     scheduler={"max_running": 8, "max_step_tokens": 16},
@@ -249,7 +251,7 @@ class World:
     def _learn_digests(self, engine: Engine) -> None:
         for number in CONTENTS:
             info = engine.load_adapter("probe", f"content-{number}", replace=True)
-            self.digests[number] = info.digest
+            self.digests[number], self.pages[number] = info.digest, info.pages
         engine.unload_adapter("probe")
 
     def failed(self, error: Exception) -> None:

@@ -16,7 +16,7 @@ from jslora.memory.prefix import PrefixCache
 from jslora.memory.residency import Residency
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
-from jslora.request import Request, SamplingParams, TokenEvent, TokenLogprob
+from jslora.request import Request, SamplingParams, Scaled, TokenEvent, TokenLogprob
 from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.scheduler import Scheduler
 from jslora.schedule.sequence import Sequence
@@ -107,10 +107,10 @@ class LightEngine:
             id=name, prompt=(1,) * job.prompt, tenant=job.tenant,
             priority=job.priority if "priority" in self._policy else 0,
             ttft_slo=job.slo if "slo" in self._policy else None,
-            adapter=registration.name if registration else None,
+            adapters=(Scaled(registration.name),) if registration else (),
             params=SamplingParams(max_tokens=job.most, temperature=0, seed=0),
         )  # fmt: skip
-        self.scheduler.add(request, registration)
+        self.scheduler.add(request, (registration,) if registration else ())
         if registration:
             registration.uses += 1
         self._jobs[name] = job

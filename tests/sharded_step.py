@@ -4,6 +4,7 @@ The reference on one device is what it must equal on four, with adapters divided
 the Pallas kernels, interpreted.
 """
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from jslora.adapters.layout import pack
 from jslora.adapters.peft import Adapter, Factors
-from jslora.batch import Bucket, Placement, RowPlan, StepRows, pack_step, segments
+from jslora.batch import Applied, Bucket, Placement, RowPlan, StepRows, pack_step, segments
 from jslora.model.config import MODULES, ModelConfig
 from jslora.model.weights import dummy_weights
 from jslora.programs import Catalog, Sizes
@@ -30,8 +31,8 @@ CONFIG = ModelConfig(
     head_dim=16, feed_forward=128, max_positions=64, qkv_bias=True, qk_norm=True,
 )  # fmt: skip
 SIZES = Sizes(
-    pages=64, page_size=8, max_running=8, max_step_tokens=32, max_model_len=64, max_rank=8,
-    dtype=jnp.dtype("float32"),
+    pages=64, page_size=8, max_running=8, max_step_tokens=32, max_model_len=64, max_rank=16,
+    dtype=jnp.dtype("float32"), max_composed=2,
 )  # fmt: skip
 MIXED, DECODE = Bucket(32, 8, 8), Bucket(8, 8, 8)
 
@@ -64,9 +65,11 @@ class OneProgram(Kernels):
 class Run:
     """The steps of a model with its adapters on one device or several."""
 
-    def __init__(self, adapters: list[Adapter], split: Split, kernels: str) -> None:
+    def __init__(
+        self, adapters: list[Adapter], split: Split, kernels: str, quantize: str = "none"
+    ) -> None:
         self.mesh = make_mesh(split.devices)
-        self.catalog = _catalog(split, kernels)
+        self.catalog = _catalog(split, kernels, quantize)
         c, g = self.catalog, self.catalog.geometry
         pool = whole_array(c.pool(), POOL, self.mesh)
         assert pool.shape[3] == CONFIG.kv_heads
@@ -83,7 +86,7 @@ class Run:
             free += packed.n_pages
         assert free <= g.pages, f"{free} pages for adapters and rows, {g.pages} in the pool"
         self.pages = jax.device_put(np.concatenate(parts, axis=3), lies(self.mesh, POOL))
-        self.weights = c.programs.weights(_leaves(split.devices))
+        self.weights = c.programs.weights(_leaves(split.devices, quantize))
 
     def step(self, rows: list[RowPlan], bucket: Bucket) -> np.ndarray:
         """Run the rows; activations of all their tokens."""
@@ -98,28 +101,30 @@ class Run:
 
 
 @cache
-def _leaves(devices: int) -> dict[str, jax.Array]:
-    mesh, specs = make_mesh(devices), _catalog(Split(devices), "reference").weight_specs
+def _leaves(devices: int, quantize: str) -> dict[str, jax.Array]:
+    mesh, specs = make_mesh(devices), _catalog(Split(devices), "reference", quantize).weight_specs
     return dummy_weights(
-        CONFIG, jnp.float32, lambda name, _: lies(mesh, specs[name]), shards=devices
-    )
+        CONFIG, jnp.float32, lambda name, _: lies(mesh, specs[name]), shards=devices,
+        quantize=quantize,
+    )  # fmt: skip
 
 
 @cache
-def _catalog(split: Split, kernels: str) -> Catalog:
-    return Catalog(CONFIG, SIZES, OneProgram(kernels, kernels, "cpu"), split)
+def _catalog(split: Split, kernels: str, quantize: str = "none") -> Catalog:
+    sizes = replace(SIZES, quantize=quantize)
+    return Catalog(CONFIG, sizes, OneProgram(kernels, kernels, "cpu"), split)
 
 
 def plans(run: Run, tokens: list[list[int]], positions: list[int]) -> list[RowPlan]:
-    """Rows with the first adapter, the second, and none."""
+    """Rows with the first adapter, the second, both, and none."""
+    first, second = (Applied(placement) for placement in run.placements)
+    rows = [(first,), (second,), (first, second._replace(scale=0.5)), ()]
     return [
         RowPlan(
             tokens=row, fed=False, position=position, pages=(1 + 2 * b, 2 + 2 * b), slot=b,
-            samples=True, placement=placement,
+            samples=True, applied=applied,
         )
-        for b, (row, position, placement) in enumerate(
-            zip(tokens, positions, [*run.placements, None], strict=True)
-        )
+        for b, (row, position, applied) in enumerate(zip(tokens, positions, rows, strict=True))
     ]  # fmt: skip
 
 
@@ -140,16 +145,22 @@ def main() -> None:
             ("fully_sharded, pallas", True, "pallas"),
         )
     }
-    lengths = [9, 5, 7]
+    lengths = [9, 5, 6, 4]
     prompts = [[int(token) for token in rng.integers(0, 40, n)] for n in lengths]
-    right = one.step(plans(one, prompts, [0, 0, 0]), MIXED)
-    without = plain.step(plans(plain, prompts, [0, 0, 0]), MIXED)
-    with_adapter = sum(lengths[:2])
+    right = one.step(plans(one, prompts, [0] * 4), MIXED)
+    without = plain.step(plans(plain, prompts, [0] * 4), MIXED)
+    with_adapter = sum(lengths[:3])
     assert np.abs(without - right)[:with_adapter].max(axis=1).min() > 0.01
     for name, run in four.items():
-        found = run.step(plans(run, prompts, [0, 0, 0]), MIXED)
+        found = run.step(plans(run, prompts, [0] * 4), MIXED)
         np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4, err_msg=name)
-    tokens, run = [[1], [2], [3]], four["fully_sharded"]
+    # Every device rounds the activations that it has, so that all come near, and no more.
+    for split in (Split(), Split(DEVICES)):
+        run = Run(adapters, split, "reference", "int8")
+        found = run.step(plans(run, prompts, [0] * 4), MIXED)
+        apart = np.linalg.norm(found - right) / np.linalg.norm(right)
+        assert 0.001 < apart < 0.05, (split, apart)
+    tokens, run = [[1], [2], [3], [4]], four["fully_sharded"]
     right, found = (r.step(plans(r, tokens, lengths), DECODE) for r in (one, run))
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4)
     print("equal")

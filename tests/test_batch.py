@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from jslora.batch import (
     SAMPLE_FLOATS,
+    Applied,
     Bucket,
     Draw,
     Geometry,
@@ -222,10 +223,14 @@ def test_rows_that_sample_are_packed_and_no_others(rows: list[RowPlan]) -> None:
 def test_segments_are_the_rows_of_one_adapter_side_by_side() -> None:
     none = np.zeros((2, 7), np.int32)
     a, b = (Placement(name, (1,), none, none, none, none) for name in "ab")
+    both = (Applied(a), Applied(b, 0.5))
     base = RowPlan([1], False, 0, [1], 0, True)
     rows = [
-        base, base._replace(tokens=[1, 2]), base._replace(placement=a, fed=True),
-        base._replace(placement=a), base._replace(placement=b, tokens=[], fed=True),
+        base, base._replace(tokens=[1, 2]), base._replace(applied=(Applied(a),), fed=True),
+        base._replace(applied=(Applied(a),)), base._replace(applied=both, tokens=[], fed=True),
+        base._replace(applied=both), base._replace(applied=(Applied(a, 0.5),)),
     ]  # fmt: skip
-    assert segments(StepRows.of(rows)) == [Segment(a, 3, 6), Segment(b, 6, 7)]
+    assert segments(StepRows.of(rows)) == [
+        Segment(a, 3, 6), Segment(a, 6, 8), Segment(b, 6, 8, 0.5), Segment(a, 8, 9, 0.5),
+    ]  # fmt: skip
     assert segments(StepRows.of(rows[:2])) == []

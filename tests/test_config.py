@@ -41,7 +41,8 @@ def write(folder: Path, text: str) -> Path:
 # What is read ------------------------------------------------------------------------------------
 
 
-SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "k8s"]
+OTHERS = ("k8s", "train")
+SHIPPED = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name not in OTHERS]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -85,6 +86,22 @@ def test_paths_at_home_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(MINIMAL | {"cache_dir": "~/c", "adapters": {"roots": ["~/a", "b"]}})
     assert config.cache_dir == Path("/home/x/c")
     assert config.adapters.roots == [Path("/home/x/a"), Path("b")]
+
+
+def test_a_root_may_have_come_with_the_package() -> None:
+    config = parse(MINIMAL | {"adapters": {"roots": ["package:jslora/training/demo"]}})
+    assert (config.adapters.roots[0] / "facts.yaml").is_file()
+    assert parse(json.loads(config.model_dump_json())) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["", "jslora", "jslora/none", "jslora/../tests", "/etc", "numpy/lib"]
+)
+def test_other_packages_and_folders_are_no_roots(name: str) -> None:
+    message = refused(MINIMAL | {"adapters": {"roots": [f"package:{name}"]}})
+    assert message.startswith(
+        "adapters.roots.0: after package: a folder of the package is expected"
+    )
 
 
 # Unknown keys ------------------------------------------------------------------------------------

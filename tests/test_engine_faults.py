@@ -191,7 +191,7 @@ def test_a_poisoned_page_fails_its_sequence_alone(engine: Engine, sound: Engine)
     wait_until(lambda: engine.stats().running == len(asks) and engine.stats().steps > steps + 8)
 
     def hit() -> str:
-        victim = next(s for s in engine.core.scheduler.running if s.request.adapter == "r1")
+        victim = next(s for s in engine.core.scheduler.running if s.request.label == "r1")
         poison(engine, engine.core.scheduler.rows.pages(victim.slot)[:1])
         return victim.request.id
 
@@ -457,7 +457,7 @@ def test_a_request_of_the_wrong_kind_harms_nobody(engine: Engine) -> None:
     recoveries = engine.stats().recoveries
     stream = engine.stream([1], greedy(100))
     next(stream)
-    job = engine._job([1], SamplingParams(), None)
+    job = engine._job([1], SamplingParams(), ())
     object.__setattr__(job.request, "params", None)
     engine._submit(job, job.events.put)
     assert job.events.get(timeout=10).error.type == "internal_error"

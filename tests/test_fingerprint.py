@@ -12,7 +12,7 @@ import pytest
 from engine_helpers import Ask, small_engine, tokens_of
 from fingerprint import ALARMS, CONFIG, FAMILIES, IDS, LENGTH, token
 
-from jslora.batch import StepRows
+from jslora.batch import Applied, StepRows
 from jslora.engine import Engine
 from jslora.request import SamplingParams
 from jslora.schedule.scheduler import Plan
@@ -92,10 +92,10 @@ def test_keys_written_under_another_adapter_raise_an_alarm(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, mine: str | None, other: str | None
 ) -> None:
     """The first chunk of the prompt is computed under `other`, the rest under `mine`."""
-    foreign = placed(engine, other) if other else None
+    foreign = (Applied(placed(engine, other)),) if other else ()
 
     def change(plan: Plan) -> Plan:
-        rows = [row._replace(placement=foreign) if row.position == 0 else row for row in plan.rows]
+        rows = [row._replace(applied=foreign) if row.position == 0 else row for row in plan.rows]
         return dataclasses.replace(plan, rows=StepRows.of(rows))
 
     interfere(engine, monkeypatch, change)

@@ -40,6 +40,7 @@ HOST = below(
     "jslora.logs", "jslora.progress", "jslora.files", "jslora.batch", "jslora.buckets",
     "jslora.model.config", "jslora.model.gguf", "jslora.memory", "jslora.schedule",
     "jslora.adapters", "jslora.aliases", "jslora.lifecycle", "jslora.bench", "jslora.server",
+    "jslora.composition", "jslora.new_folder",
     "jslora.blocks", "jslora.calls", "jslora.child", "jslora.section", "jslora.spans",
     "jslora.split", "jslora.gpu.report", "jslora.model.gguf_file", "jslora.aot.adapter_bytes",
     "jslora.aot.cases", "jslora.aot.record", "jslora.aot.rules", "jslora.aot.table",
@@ -49,6 +50,8 @@ HOST = below(
     "jslora.distributed.links", "jslora.distributed.messages", "jslora.distributed.obedience",
     "jslora.distributed.section", "jslora.distributed.shelf", "jslora.distributed.transfers",
     "jslora.distributed.uplink",
+    "jslora.training.config", "jslora.training.data", "jslora.training.demo",
+    "jslora.training.packing", "jslora.training.publish",
     "jslora.integrations.changes", "jslora.integrations.exchange", "jslora.integrations.homes",
     "jslora.integrations.merged_metrics", "jslora.integrations.scale",
 )  # fmt: skip
@@ -60,7 +63,7 @@ MAY_BE_SERVED_FROM = {
     "jslora", "jslora.request", "jslora.config", "jslora.errors", "jslora.tokenizer",
     "jslora.vocabulary", "jslora.text", "jslora.chat", "jslora.wire", "jslora.fetch", "jslora.logs",
     "jslora.progress", "jslora.files", "jslora.model", "jslora.model.config", "jslora.adapters",
-    "jslora.aliases", "jslora.distributed", "jslora.distributed.section",
+    "jslora.aliases", "jslora.composition", "jslora.distributed", "jslora.distributed.section",
 }  # fmt: skip
 
 

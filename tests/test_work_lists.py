@@ -22,6 +22,7 @@ GEOMETRY = Geometry(
     layers=2, pages=900, page_size=4, page_numbers=64, slots=12, drop_page=1810,
     attention=Cut(query_tile=4, parts=0, span=0), rank_block=8, max_rank=40,
     row_lengths=((48, 64), (48, 16), (48, 16), (64, 48), (48, 80), (48, 80), (80, 48)),
+    max_composed=3,
 )  # fmt: skip
 DECODE = Bucket(8, 8, 8)
 
@@ -55,15 +56,17 @@ def placements(draw: Callable) -> list[Placement]:
 
 @st.composite
 def compositions(draw: Callable) -> tuple[Bucket, list[Segment]]:
-    """A bucket, and segments that fill some of it."""
+    """A bucket, and segments that fill some of it, of up to three adapters each."""
     placed = draw(placements())
     bucket = draw(st.sampled_from([DECODE, Bucket(64, 8, 8)]))
     cuts = sorted(draw(st.sets(st.integers(0, bucket.tokens), min_size=1, max_size=9)))
-    parts = [
-        Segment(draw(st.sampled_from(placed)), start, end)
-        for start, end in pairwise(cuts)
-        if draw(st.booleans())
-    ]
+    parts: list[Segment] = []
+    for start, end in pairwise(cuts):
+        chosen = draw(st.lists(st.sampled_from(placed), max_size=3, unique_by=id))
+        while sum(placement.rank.max() for placement in chosen) > GEOMETRY.max_rank:
+            chosen.pop()
+        scales = [draw(st.sampled_from([1.0, 0.5, 0.0])) for _ in chosen]
+        parts += [Segment(p, start, end, s) for p, s in zip(chosen, scales, strict=True)]
     return bucket, parts
 
 
@@ -139,7 +142,12 @@ def test_spans_are_every_token_with_every_true_rank_once(composition: tuple, pee
         products = [range(p.low // n, p.low // n + p.tokens * (p.stride // n)) for p in pairs]
         assert all(one.stop <= other.start for one, other in pairwise(products)), "they overlap"
         assert all(product.stop <= shape.low // n for product in products)
-    covered = [token for p in pairs for token in range(p.start, p.start + p.tokens)]
+    heads = [i for i, pair in enumerate(pairs) if pair.chain]
+    assert all(i + pairs[i].chain == j for i, j in pairwise([*heads, len(pairs)])), "chains"
+    for i in heads:
+        assert {p[:2] for p in pairs[i : i + pairs[i].chain]} == {pairs[i][:2]}, "not one span"
+    spans = [range(pairs[i].start, pairs[i].start + pairs[i].tokens) for i in heads]
+    covered = [token for span in spans for token in span]
     assert covered == list(range(bucket.tokens)), "what follows a sum is done for every token"
     for layer in range(2):
         for module, (wide, out) in enumerate(GEOMETRY.row_lengths):
@@ -147,11 +155,7 @@ def test_spans_are_every_token_with_every_true_rank_once(composition: tuple, pee
             for i, pair in enumerate(pairs):
                 at = Address(*map(int, arrays.table[layer, module, i]))
                 scale = float(arrays.scale[layer, module, i])
-                assert (
-                    at.rank * shared[module] <= pair.stride
-                    and 1 <= pair.tokens <= 16
-                    and pair.chain == 1
-                )
+                assert at.rank * shared[module] <= pair.stride and 1 <= pair.tokens <= 16
                 pages = arrays.page_list[pair.pages :] if pair.split else None
                 for rank in range(at.rank):
                     a = addresses(at.a, wide, rank, pages)
@@ -168,7 +172,7 @@ def slow_work(parts: list[Segment], layer: int, module: int, wide: int, out: int
         for rank in range(p.rank[layer, module]):
             a = where(p, int(p.a_offset[layer, module]) + rank * wide, wide)
             b = where(p, int(p.b_offset[layer, module]) + rank * out, out)
-            scale = float(p.scale[layer, module])
+            scale = float(p.scale[layer, module]) * part.scale
             expected.update((t, (*a,), (*b,), scale) for t in range(part.start, part.end))
     return expected
 
@@ -214,10 +218,30 @@ def test_the_most_work_there_can_be_has_room() -> None:
     assert (arrays.items <= block_items(bucket, GEOMETRY, cut)).all()
     assert arrays.items.sum() > 0
     shape = segment_shape(64, GEOMETRY.max_rank, prefill=True)
-    assert 8 == pack_spans(parts, bucket, GEOMETRY, shape).total <= span_pairs(bucket, shape)
+    assert pack_spans(parts, bucket, GEOMETRY, shape).total == 8
     every_other = [Segment(parts[0].placement, 2 * i, 2 * i + 1) for i in range(4)]
-    spans = pack_spans(every_other, DECODE, GEOMETRY, shape)
-    assert 8 == spans.total <= span_pairs(DECODE, shape)
+    assert pack_spans(every_other, DECODE, GEOMETRY, shape).total == 8
+
+
+def test_the_most_adapters_of_every_row_have_room() -> None:
+    """Ranks that fill no block, and that the devices that share them round up."""
+    ranks, peers = (1, 9, 30), 4
+    rounded = sum(-(-rank // peers) * peers for rank in ranks)
+    placed = [a_placement(f"{i}", (i + 1,), rank) for i, rank in enumerate(ranks)]
+    shared = replace(GEOMETRY, peers=(peers,) * 7)
+    for bucket in (DECODE, Bucket(64, 8, 8)):
+        each = bucket.tokens // bucket.rows
+        starts = range(0, bucket.tokens, each)
+        parts = [Segment(p, start, start + each, 0.5) for start in starts for p in placed]
+        cut = block_shape(bucket.tokens, prefill=bucket.prefill)
+        arrays = pack_blocks(parts, bucket, GEOMETRY, cut)
+        assert arrays.items.max() <= block_items(bucket, GEOMETRY, cut)
+        shape = segment_shape(bucket.tokens, rounded, prefill=bucket.prefill, peers=peers)
+        quarter = [replace(p, rank=-(-p.rank // peers)) for p in placed]
+        parts = [Segment(p, start, start + each) for start in starts for p in quarter]
+        spans = pack_spans(parts, bucket, shared, shape)
+        assert spans.total == 3 * bucket.rows <= span_pairs(bucket, shape, 3)
+        assert Pair(*spans.pairs[1].tolist())[:5] == (0, each, 0, each * 4, 12)
 
 
 def test_work_is_split_only_when_some_pages_do_not_follow_each_other() -> None:

@@ -20,7 +20,7 @@ from goldens.adapters import write_adapter
 from jslora import wire
 from jslora.config import parse
 from jslora.errors import UnknownModel
-from jslora.request import AdapterInfo, Request, SamplingParams, Stats, TokenEvent
+from jslora.request import AdapterInfo, Request, SamplingParams, Scaled, Stats, TokenEvent
 from jslora.server.process import start_line
 from jslora.worker import Worker
 
@@ -167,7 +167,8 @@ def another(tmp: Path, started: tuple) -> Iterator[Client]:
 
 def request(name: str, max_tokens: int = 8, adapter: str | None = None, **settings: Any) -> Request:
     params = SamplingParams(max_tokens=max_tokens, **({"temperature": 0.0} | settings))
-    return Request(id=name, prompt=(1, 2, 3), params=params, adapter=adapter)
+    adapters = (Scaled(adapter),) if adapter else ()
+    return Request(id=name, prompt=(1, 2, 3), params=params, adapters=adapters)
 
 
 def tokens(events: Sequence[TokenEvent]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jslora.request import Request, SamplingParams
+from jslora.request import Request, SamplingParams, Scaled
 from jslora.schedule.queue import Waiting
 from jslora.schedule.sequence import Sequence
 
@@ -13,9 +13,10 @@ def make_sequence(
 ) -> Sequence:  # fmt: skip
     """A sequence; `columns` are attributes, those of the queue's table among them."""
     request = Request(
-        id=str(order), prompt=(1,) * prompt, params=SamplingParams(), tenant=tenant, adapter=adapter
-    )
-    sequence = Sequence(request, None, 0, order, [1] * (prompt + generated))
+        id=str(order), prompt=(1,) * prompt, params=SamplingParams(), tenant=tenant,
+        adapters=(Scaled(adapter),) if adapter else (),
+    )  # fmt: skip
+    sequence = Sequence(request, (), 0, order, [1] * (prompt + generated))
     names = {"tenant_number": "tenant", "adapter_number": "adapter"}
     for name, value in columns.items():
         setattr(sequence, names.get(name, name), value)

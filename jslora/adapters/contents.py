@@ -98,7 +98,7 @@ class Contents:
             return
         source = registration.source
         with self._failing(registration):
-            found = self._reader.whole(source.folder, source.root)
+            found = self._reader.whole(source.folder, source.root, source.storage)
             if not found.outline.same_as(source.outline):
                 raise _changed(registration.name)
         with self._lock:
@@ -127,7 +127,8 @@ class Contents:
             holders = list(contents.holders) if contents else []
         with self._failing(*holders):
             for holder in holders[:1]:
-                self._reader.hosts.ask(holder.source.folder, holder.source.root)(digest)
+                source = holder.source
+                self._reader.hosts.ask(source.folder, source.root, source.storage)(digest)
 
     def _read_again(self, version: Version) -> None:
         with self._lock:
@@ -144,7 +145,8 @@ class Contents:
         errors = []
         for holder in holders:
             try:
-                found = self._reader.whole(holder.source.folder, holder.source.root)
+                source = holder.source
+                found = self._reader.whole(source.folder, source.root, source.storage)
                 if found.version.digest == digest:
                     return found
                 errors.append(_changed(holder.name))
@@ -210,10 +212,10 @@ class Contents:
                 self._host.bytes, len(self._host), dict(self._seconds), self._failures
             )
 
-    def _at_hand(self, folder: Path, root: Path) -> Whole | None:
+    def _at_hand(self, folder: Path, root: Path, storage: str) -> Whole | None:
         """What was read of a folder before, if its blob is at hand still; opens files."""
         began = time.monotonic()
-        found = self._reader.remembered(folder)
+        found = self._reader.remembered(folder, storage)
         if found is None or found.version is None:
             return None
         with self._lock:
@@ -222,7 +224,7 @@ class Contents:
             blob = self._cache.load(found.version.digest, found.version.n_pages)
         if blob is None:
             return None
-        self._reader.hosts.ask(folder, root)(found.version.digest)
+        self._reader.hosts.ask(folder, root, storage)(found.version.digest)
         seconds = {"map": time.monotonic() - began}
         return Whole(found.outline, found.layout, found.version, blob, seconds)
 

@@ -11,10 +11,10 @@ from typing import Protocol
 class Hosts(Protocol):
     """Every method may be called from any thread."""
 
-    def ask(self, folder: Path, root: Path) -> Callable[[str], None]:
-        """Let all hosts read their copy of a folder below a root.
+    def ask(self, folder: Path, root: Path, storage: str) -> Callable[[str], None]:
+        """Let all hosts read their copy of a folder below a root, and store it so.
 
-        The answer, called with the digest of the copy here, waits until all have, and raises
+        The answer, called with the digest of the version here, waits until all have, and raises
         AdapterRejected if one could not or has other contents.
         """
         ...
@@ -31,7 +31,7 @@ class Hosts(Protocol):
 class Alone:
     """There are no others."""
 
-    def ask(self, folder: Path, root: Path) -> Callable[[str], None]:
+    def ask(self, folder: Path, root: Path, storage: str) -> Callable[[str], None]:
         return lambda digest: None
 
     def agreed(self, digest: str) -> bool:

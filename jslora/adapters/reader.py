@@ -13,9 +13,10 @@ from jaxtyping import Float
 from jslora.adapters.cache import PackedCache
 from jslora.adapters.files import identities
 from jslora.adapters.hosts import ALONE, Hosts
+from jslora.adapters.known import Known
 from jslora.adapters.layout import Layout, lay_out, pack
 from jslora.adapters.peft import CONFIG, WEIGHTS, Limits, Outline, read_adapter, read_outline
-from jslora.adapters.version import Version
+from jslora.adapters.version import Version, stored_digest
 from jslora.errors import AdapterRejected
 from jslora.model.config import ModelConfig
 from jslora.split import ONE_DEVICE, Split
@@ -63,56 +64,63 @@ class Reader:
         self._cache = cache
         self.hosts = hosts
 
-    def remembered(self, folder: Path) -> Outlined | None:
+    def remembered(self, folder: Path, storage: str) -> Outlined | None:
         """What was read of these very files before, if it would still be served."""
-        found = self._cache.known.get(folder)
+        found = self._cache.known.get(folder, storage)
         if found is None:
             return None
-        digest, outline = found
+        outline = found.outline
         if outline.files is None or identities(folder, (CONFIG, WEIGHTS)) != outline.files:
             return None
         limits = self._limits
         if outline.files[1].size > limits.max_file_bytes or outline.rank.max() > limits.max_rank:
             return None
-        layout = self._lay_out(outline)
-        return Outlined(outline, layout, self._version(digest, layout))
+        layout = self._lay_out(outline, storage)
+        return Outlined(outline, layout, self._version(found.digest, layout, found.error))
 
-    def outline(self, folder: Path, root: Path) -> Outlined:
+    def outline(self, folder: Path, root: Path, storage: str) -> Outlined:
         """All that can be known without reading tensors.
 
         Raises:
             AdapterRejected: see `read_outline`; or it is larger than the pool or the host tier.
         """
         outline = read_outline(folder, self._model, self._limits, root)
-        return Outlined(outline, self._lay_out(outline), None)
+        return Outlined(outline, self._lay_out(outline, storage), None)
 
-    def whole(self, folder: Path, root: Path) -> Whole:
+    def whole(self, folder: Path, root: Path, storage: str) -> Whole:
         """Read, check and pack a folder; and put what it holds in the cache.
+
+        Args:
+            storage: one of `pieces.STORAGES`.
 
         Raises:
             AdapterRejected: see `read_adapter`; or it is larger than the pool or the host tier; or
                 another host has other contents there.
         """
         began, clock = time.time(), _Clock()
-        agree = self.hosts.ask(folder, root)
+        agree = self.hosts.ask(folder, root, storage)
         adapter = read_adapter(folder, self._model, self._limits, root)
         clock.lap("read")
         outline = adapter.outline(self._model)
-        layout = self._lay_out(outline)
+        layout = self._lay_out(outline, storage)
         packed = pack(
-            adapter, self._model, self._page_elements, self._dtype, self._split, self._devices
-        )
+            adapter, self._model, self._page_elements, self._dtype, self._split, self._devices,
+            storage,
+        )  # fmt: skip
         clock.lap("pack")
-        self._cache.store(adapter.digest, packed.blob)
-        self._cache.known.put(folder, adapter.digest, outline, began)
+        version = self._version(adapter.digest, layout, packed.error)
+        self._cache.store(version.digest, packed.blob)
+        self._cache.known.put(folder, storage, Known(adapter.digest, outline, packed.error), began)
         clock.lap("store")
-        agree(adapter.digest)
-        version = self._version(adapter.digest, layout)
+        agree(version.digest)
         return Whole(outline, layout, version, packed.blob, clock.seconds)
 
-    def _lay_out(self, outline: Outline) -> Layout:
+    def _lay_out(self, outline: Outline, storage: str) -> Layout:
         """Where its numbers go, if they fit."""
-        layout = lay_out(outline.rank, outline.scale, self._model, self._page_elements, self._split)
+        layout = lay_out(
+            outline.rank, outline.scale, self._model, self._page_elements, self._split, storage,
+            8 * self._dtype.itemsize,
+        )  # fmt: skip
         most = self._limits.max_pages
         if most is not None and layout.n_pages > most:
             raise AdapterRejected(f"the adapter takes {layout.n_pages} pages; the pool has {most}")
@@ -124,15 +132,17 @@ class Reader:
             )
         return layout
 
-    def _version(self, digest: str, layout: Layout) -> Version:
+    def _version(self, digest: str, layout: Layout, error: float) -> Version:
         return Version(
-            digest=digest,
+            digest=stored_digest(digest, layout.storage),
             a_offset=layout.a_offset,
             b_offset=layout.b_offset,
             rank=layout.rank,
             scale=layout.scale,
             n_pages=layout.n_pages,
             packed_bytes=self._packed_bytes(layout),
+            storage=layout.storage,
+            error=error,
         )
 
     def _packed_bytes(self, layout: Layout) -> int:

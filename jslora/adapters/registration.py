@@ -17,11 +17,12 @@ from jslora.request import AdapterInfo
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """Where an adapter was found, links resolved, and what its files said of it."""
+    """Where an adapter was found, links resolved, what its files said of it; how it is stored."""
 
     folder: Path
     root: Path
     outline: Outline
+    storage: str = "full"
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +74,7 @@ def make_registration(
         bytes=outline.bytes,
         pages=layout.n_pages,
         padding=layout.padding,
+        storage=layout.storage,
         path=str(source.folder.relative_to(source.root)),
         base_model=outline.base_model,
         warnings=warnings,

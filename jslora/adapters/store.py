@@ -9,7 +9,7 @@ touches a file or waits. Host only: no jax.
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -49,12 +49,14 @@ class AdapterStore(Contents):
         cache: for the same model, pages, dtype and devices.
         split, devices: how the model is split, and whose parts are kept here; by default all.
         hosts: the others; nothing is kept that they do not have too.
+        storage, storage_of: how weights are stored (`pieces.STORAGES`), and those of some names.
     """
 
     def __init__(
         self, roots: Sequence[Path], model: ModelConfig, page_elements: int, dtype: np.dtype,
         limits: Limits, host_cache_bytes: int, base_name: str, cache: PackedCache,
         split: Split = ONE_DEVICE, devices: range | None = None, hosts: Hosts = ALONE,
+        storage: str = "full", storage_of: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         devices = range(split.devices) if devices is None else devices
         reader = Reader(
@@ -65,6 +67,7 @@ class AdapterStore(Contents):
         self._page_bytes = numbers * np.dtype(dtype).itemsize
         self._roots = Roots(roots)
         self._base_name = base_name
+        self._storage, self._storage_of = storage, dict(storage_of or {})
         # Below here everything is written under the lock.
         self._named: dict[str, Registration] = {}
         self._draining: dict[Registration, None] = {}  # in use, and named no more
@@ -91,8 +94,11 @@ class AdapterStore(Contents):
         done = self._claim(name, replacing=False)
         with self._loading_of(name, done):
             folder, root = self._roots.locate(name if path is None else path)
-            found = self._reader.remembered(folder) or self._reader.outline(folder, root)
-            source = Source(folder, root, found.outline)
+            storage = self._storage_for(name)
+            found = self._reader.remembered(folder, storage)
+            if found is None:
+                found = self._reader.outline(folder, root, storage)
+            source = Source(folder, root, found.outline, storage)
             self._enter(name, done, source, found.layout, found.version)
         return done.result()
 
@@ -165,6 +171,10 @@ class AdapterStore(Contents):
                 self._draining.pop(registration, None)
                 self._let_go(registration)
 
+    def _storage_for(self, name: str) -> str:
+        """How an adapter of this name is stored."""
+        return self._storage_of.get(name, self._storage)
+
     def _find(self, name: str) -> Registration:
         if name not in self._named:
             raise UnknownModel(f"no adapter {printable(name)!r} is registered", param="model")
@@ -222,7 +232,7 @@ class AdapterStore(Contents):
         """Enter what is at hand already; otherwise it is read whole, which may take long."""
         with self._loading_of(name, done):
             folder, root = self._roots.locate(name if path is None else path)
-            found = self._at_hand(folder, root)
+            found = self._at_hand(folder, root, self._storage_for(name))
             if found is None:
                 return partial(self._load_whole, name, folder, root, done)
             self._enter_whole(name, done, folder, root, found)
@@ -232,12 +242,13 @@ class AdapterStore(Contents):
         self, name: str, folder: Path, root: Path, done: "Future[Registration]"
     ) -> None:
         with self._loading_of(name, done):
-            self._enter_whole(name, done, folder, root, self._reader.whole(folder, root))
+            whole = self._reader.whole(folder, root, self._storage_for(name))
+            self._enter_whole(name, done, folder, root, whole)
 
     def _enter_whole(
         self, name: str, done: "Future[Registration]", folder: Path, root: Path, found: Whole
     ) -> None:
-        source = Source(folder, root, found.outline)
+        source = Source(folder, root, found.outline, found.version.storage)
         self._enter(name, done, source, found.layout, found.version, found)
 
     def _enter(
@@ -321,6 +332,7 @@ class AdapterStore(Contents):
             digest=version.digest if version else "",
             bytes_disk=self._cache.size(version.digest) if version else 0,
             bytes_host=version.packed_bytes if version and in_host else 0,
+            output_error=version.error if version else None,
             in_flight=registration.uses,
             seconds=dict(contents.seconds) if contents else {},
             error=error or self._failed.get(registration.name),

@@ -138,7 +138,11 @@ def _floor(case: Case, layers: int) -> int:
     bucket, part = _bucket(case, catalog), catalog.split.local(catalog.config)
     tokens = bucket.tokens // bucket.rows
     rows = [Row(context=tokens, tokens=tokens)] * bucket.rows
-    return step_floor(part, rows, DTYPE.itemsize).base.bytes
+    found = step_floor(part, rows, DTYPE.itemsize).base.bytes
+    if case.quantize != "none":  # a byte a number
+        widths = (part.widths(module) for module in MODULES)
+        found -= (DTYPE.itemsize - 1) * layers * sum(i * o for i, o in widths)
+    return found
 
 
 def _difference(
@@ -251,6 +255,8 @@ def make_catalog(case: Case, layers: int) -> Catalog:
         max_model_len=case.positions,
         max_rank=case.max_rank,
         dtype=DTYPE,
+        storages=case.storages,
+        quantize=case.quantize,
     )
     kernels = choose_kernels(config, case.page_size, case.kernels, "cuda", split)
     if not case.lora:

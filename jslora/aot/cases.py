@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jslora.errors import ConfigError
+from pallas_kernels.lora.pieces import STORAGES
 
 if TYPE_CHECKING:
     from jslora.config import EngineConfig
@@ -37,7 +38,11 @@ BASE_LAYERS = 2
 
 STEPS = (("llama3-8b", 1), ("llama3-8b", 4), ("qwen3-8b", 1), ("smollm2-135m", 1))
 """Models and numbers of devices whose steps are compiled, decode and mixed, without and with LoRA;
-over several devices with LoRA in both ways of `jslora.split`."""
+over several devices with LoRA in both ways of `jslora.split`. Of all but the third, adapters may be
+quantised in one step more, over several devices fully sharded."""
+
+QUANTIZE = ("int8", "fp8")
+"""How the base's linear layers are kept in steps of the first model, beside those with none."""
 
 POOL_BYTES = {"llama3-8b": 50 * 10**9, "qwen3-8b": 50 * 10**9, "smollm2-135m": 6 * 10**9}
 """On each device: what an 80 GB device has left, and for the demo what any has; past 4 GiB all."""
@@ -54,6 +59,8 @@ class Case:
             programs.
         kernels: implementation of both operations.
         fully: whether adapters are fully sharded over the devices.
+        storages: that adapters may have, of `pieces.STORAGES`.
+        quantize: how linear layers of the base are kept, as `model.quantize` says it.
         layers: of the larger program.
         rows, tokens, positions, max_rank, page_size: limits of the server's configuration.
     """
@@ -65,6 +72,8 @@ class Case:
     lora: bool = True
     devices: int = 1
     fully: bool = False
+    storages: tuple[str, ...] = ("full",)
+    quantize: str = "none"
     layers: int = LAYERS
     rows: int
     tokens: int
@@ -86,6 +95,8 @@ class Case:
         parts += [f"{self.devices} devices"] * (self.devices > 1)
         parts.append(("lora" if self.lora else "no lora") if self.what == "step" else self.what)
         parts += ["fully sharded"] * self.fully
+        parts += ["quantised"] * (self.storages != ("full",))
+        parts += [f"{self.quantize} base"] * (self.quantize != "none")
         return " ".join(parts)
 
 
@@ -116,12 +127,17 @@ def _cases() -> Iterator[dict[str, Any]]:
     for kernels in ("pallas", "triton"):
         for phase in ("decode", "mixed"):
             fixed = dict(phase=phase, kernels=kernels)
-            yield fixed | dict(what="kernels", model="llama3-8b")
+            for storages in (("full",), STORAGES):
+                yield fixed | dict(what="kernels", model="llama3-8b", storages=storages)
             for model, devices in STEPS:
                 step = fixed | dict(what="step", model=model, devices=devices)
                 yield step | dict(lora=False)
                 yield step | dict(lora=True)
                 if devices > 1:
                     yield step | dict(lora=True, fully=True)
+                if model != "qwen3-8b":
+                    yield step | dict(lora=True, fully=devices > 1, storages=STORAGES)
+                if model == "llama3-8b" and kernels == "pallas":
+                    yield from (step | dict(quantize=quantize) for quantize in QUANTIZE)
     for devices in (1, 4):
         yield dict(what="programs", model="llama3-8b", phase="", kernels="pallas", devices=devices)

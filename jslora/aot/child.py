@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--executable", type=Path)
     args = parser.parse_args(arguments)
-    case = Case(**json.load(sys.stdin))
+    told = json.load(sys.stdin)
+    case = Case(**told | {"storages": tuple(told["storages"])})
     for record, executable in compile_case(case, Workshop(args.words, args.ptx, args.toolkit)):
         if args.executable is not None:
             save(args.executable, executable, dataclasses.asdict(case))

@@ -23,7 +23,7 @@ from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 from jslora.model.config import ModelConfig, from_hf
 from jslora.progress import Progress, silent
-from jslora.request import Request, SamplingParams
+from jslora.request import Request, SamplingParams, Scaled
 from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.scheduler import Scheduler
 from jslora.schedule.settings import SchedulerSection
@@ -127,10 +127,10 @@ class _World:
                 params=SamplingParams(
                     max_tokens=answer, ignore_eos=True, temperature=0, seed=self._count
                 ),
-                adapter=name,
+                adapters=(Scaled(name),),
                 tenant=f"tenant-{self._count % _TENANTS}",
             ),
-            self._store.bind(name),
+            (self._store.bind(name),),
         )
         self._count += 1
 

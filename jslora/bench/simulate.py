@@ -32,7 +32,7 @@ from jslora.memory.room import Room
 from jslora.memory.worth import Clock
 from jslora.model.config import ModelConfig
 from jslora.progress import Progress, silent
-from jslora.request import Request, SamplingParams, TokenEvent
+from jslora.request import Request, SamplingParams, Scaled, TokenEvent
 from jslora.schedule.plan import Limits
 from jslora.schedule.scheduler import PREFETCH, Scheduler
 from jslora.schedule.settings import SchedulerSection
@@ -163,7 +163,7 @@ class _Engine:
         self._lifecycle = Lifecycle(
             self._store, self._room, self._scheduler, lambda: None, pinned=set(), drain_seconds=0.0
         )
-        self._inbox: list[tuple[Request, Registration | None]] = []
+        self._inbox: list[tuple[Request, tuple[Registration, ...]]] = []
         self._records: dict[str, _Record] = {}
         self._lengths: dict[str, int] = {}  # of requests that may end before their `max_tokens`
         self._read_at = self._last_step = 0.0
@@ -199,7 +199,7 @@ class _Engine:
             id=name,
             prompt=list(job.prompt),  # type: ignore[arg-type]
             params=SamplingParams(max_tokens=most, seed=job.index, temperature=0.0),
-            adapter=None if job.model == BASE else job.model,
+            adapters=() if job.model == BASE else (Scaled(job.model),),
             tenant=job.tenant,
             priority=job.priority if "priority" in self._policy else 0,
             ttft_slo=job.ttft_slo if "slo" in self._policy else None,
@@ -208,16 +208,15 @@ class _Engine:
 
     def _submit(self, request: Request) -> None:
         """As `EngineCore.submit`, on whatever thread."""
-        registration = None
-        if request.adapter is not None:
-            try:
-                registration = self._store.bind(request.adapter)
-            except JsloraError as error:
-                self._end(request.id, error.type)
-                return
-            if len(self._scheduler.waiting) < PREFETCH:
+        try:
+            bound = tuple(self._store.bind(adapter.name) for adapter in request.adapters)
+        except JsloraError as error:
+            self._end(request.id, error.type)
+            return
+        if len(self._scheduler.waiting) < PREFETCH:
+            for registration in bound:
                 self._store.prefetch(registration)
-        self._inbox.append((request, registration))
+        self._inbox.append((request, bound))
 
     # A turn --------------------------------------------------------------------------------------
 
@@ -256,11 +255,11 @@ class _Engine:
 
     def _drain_inbox(self) -> None:
         arrived, self._inbox = self._inbox, []
-        for request, registration in arrived:
+        for request, bound in arrived:
             try:
-                self._scheduler.add(request, registration)
+                self._scheduler.add(request, bound)
             except JsloraError as error:
-                if registration is not None:
+                for registration in bound:
                     self._store.release(registration)
                 self._end(request.id, error.type)
 

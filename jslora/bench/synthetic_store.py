@@ -112,7 +112,7 @@ class _Ranks(Reader):
         self._adapters = adapters
         self._layouts: dict[Ranks, tuple[Outline, Layout]] = {}  # a few kinds, of many adapters
 
-    def remembered(self, folder: Path) -> Outlined:
+    def remembered(self, folder: Path, storage: str) -> Outlined:
         """All of it but the blob.
 
         Raises:
@@ -123,7 +123,7 @@ class _Ranks(Reader):
             self._layouts[ranks] = self._outlined(ranks)
         outline, layout = self._layouts[ranks]
         digest = hashlib.sha256(folder.name.encode()).hexdigest()
-        return Outlined(outline, layout, self._version(digest, layout))
+        return Outlined(outline, layout, self._version(digest, layout, 0.0))
 
     def _outlined(self, ranks: Ranks) -> tuple[Outline, Layout]:
         assert len(ranks) == len(MODULES), f"{len(ranks)} ranks for {len(MODULES)} modules"
@@ -131,7 +131,7 @@ class _Ranks(Reader):
         rank = np.tile(np.array(ranks, np.int32), (model.layers, 1))
         scale = np.where(rank > 0, np.float32(1), np.float32(0))
         outline = Outline(rank, scale, None, 0, (), None)
-        layout = self._lay_out(outline)
+        layout = self._lay_out(outline, "full")
         return replace(outline, bytes=self._packed_bytes(layout)), layout
 
 

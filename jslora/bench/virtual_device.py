@@ -74,11 +74,11 @@ class VirtualDevice:
     def _work(self, plan: Plan) -> Work:
         work, seen = Work(), set()
         rows = plan.rows
-        for tokens, position, placement in zip(
-            rows.length.tolist(), rows.position.tolist(), rows.placements, strict=True
+        for tokens, position, applied in zip(
+            rows.length.tolist(), rows.position.tolist(), rows.applied, strict=True
         ):
             work.add(tokens, position)
-            if placement is not None:
+            for placement, _ in applied:
                 numbers = self._numbers_of(placement)
                 work.lora_products += tokens * numbers
                 if placement.digest not in seen:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jslora import __version__
+from jslora.adapters.storages import storages
 from jslora.config import EngineConfig
 from jslora.errors import ModelError
 from jslora.logs import printable
@@ -33,7 +34,7 @@ _SECTIONS: dict[str, set[str]] = {
 # `host_cache_bytes` how many pages the memory plan finds useful, which all must find alike.
 _KEYS = {
     "scheduler": ("max_running", "max_step_tokens"),
-    "adapters": ("max_rank", "max_file_bytes", "host_cache_bytes"),
+    "adapters": ("max_rank", "max_composed", "max_file_bytes", "host_cache_bytes"),
 }
 
 
@@ -50,6 +51,7 @@ def agreement(config: EngineConfig, folder: Path | None) -> dict[str, str]:
     for section, keys in _KEYS.items():
         found |= {f"{section}.{key}": data[section][key] for key in keys}
     found["adapters.roots"] = len(config.adapters.roots)  # an adapter's root is told by number
+    found["adapters.storages"] = storages(config.adapters)  # of which names, process 0 says
     found["model files"] = "none" if folder is None else _files_digest(folder)
     found["jslora version"] = __version__
     for library in ("jax", "jaxlib", "numpy"):

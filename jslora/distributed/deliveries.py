@@ -85,7 +85,8 @@ class Deliveries:
 
     def _prepare(self, order: messages.Prepare) -> None:
         try:
-            answer = messages.Prepared(order.seq, self._shelf.read(order.root, order.path))
+            digest = self._shelf.read(order.root, order.path, order.storage)
+            answer = messages.Prepared(order.seq, digest)
         except Exception as error:
             answer = messages.Prepared(order.seq, error=_told(error))
         self._say(answer)
@@ -94,7 +95,8 @@ class Deliveries:
         """Upload a transfer's chunks."""
         geometry = self._geometry
         try:
-            blob = self._shelf.blob(order.digest, len(order.pages), order.root, order.path)
+            place = order.root, order.path, order.storage
+            blob = self._shelf.blob(order.digest, len(order.pages), *place)
             parts = chunks(
                 order.digest, blob, order.pages, geometry.pages, geometry.drop_page,
                 self._upload_rows,

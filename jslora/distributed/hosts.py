@@ -30,8 +30,8 @@ MAX_PLACES = 2**17
 
 _LOOK = 0.2  # seconds between two looks at whether the group lives
 
-Place = tuple[int, str]
-"""Number of a root, and a folder's path below it."""
+Place = tuple[int, str, str]
+"""Number of a root, a folder's path below it, and how its adapter is stored."""
 
 
 class AllHosts:
@@ -46,9 +46,9 @@ class AllHosts:
         self._places: OrderedDict[str, Place] = OrderedDict()  # by digest, last agreed on last
         links.on(messages.Prepared, self._hear)
 
-    def ask(self, folder: Path, root: Path) -> Callable[[str], None]:
+    def ask(self, folder: Path, root: Path, storage: str) -> Callable[[str], None]:
         """See `Hosts.ask`; the answer also raises EngineFailed if the group has ended."""
-        place = self._roots.index(root), folder.relative_to(root).as_posix()
+        place = self._roots.index(root), folder.relative_to(root).as_posix(), storage
         with self._changed:
             seq = next(self._numbers)
             answers = self._open[seq] = {}

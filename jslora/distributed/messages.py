@@ -16,6 +16,7 @@ from jslora.distributed.deltas import Decoder, Delta, Encoder
 MAX_TEXT = 500
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
+Storage = Annotated[str, Meta(pattern="^(full|int8|int4)$")]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -57,11 +58,12 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 
 class Prepare(msgspec.Struct, tag=True, frozen=True):
-    """Read the adapter in folder `path` below root number `root`, and say what it is."""
+    """Read the adapter in folder `path` below root number `root`, store it so, say what it is."""
 
     seq: int
     root: Annotated[int, Meta(ge=0)]
     path: Annotated[str, Meta(max_length=4096)]
+    storage: Storage
 
 
 class Bring(msgspec.Struct, tag=True, frozen=True):
@@ -71,6 +73,7 @@ class Bring(msgspec.Struct, tag=True, frozen=True):
     digest: Digest
     root: Annotated[int, Meta(ge=0)]
     path: Annotated[str, Meta(max_length=4096)]
+    storage: Storage
     pages: list[int]
 
 

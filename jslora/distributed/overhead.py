@@ -21,7 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jslora.adapters.layout import lay_out
-from jslora.batch import Draw, Placement, RowPlan, StepRows, pack_sampling, pack_step, segments
+from jslora.batch import (
+    Applied,
+    Draw,
+    Placement,
+    RowPlan,
+    StepRows,
+    pack_sampling,
+    pack_step,
+    segments,
+)
 from jslora.calls import AdmitCall, Chunk, StepCall, StepResult
 from jslora.distributed import messages
 from jslora.distributed.deliveries import Deliveries
@@ -93,8 +102,8 @@ def _calls(load: Load, steps: int) -> Iterator[StepCall]:
     def start(slot: int) -> RowPlan:
         position = int(random.integers(8, load.longest // 2))
         pages = [next(free) for _ in range(position // _PAGE + 1)]
-        which = placements[random.integers(len(placements))]
-        return RowPlan([], True, position, pages, slot, True, which, Draw(seed=slot))
+        which = Applied(placements[random.integers(len(placements))])
+        return RowPlan([], True, position, pages, slot, True, (which,), Draw(seed=slot))
 
     rows = [start(slot) for slot in range(load.rows)]
     for step in range(steps):
@@ -104,7 +113,7 @@ def _calls(load: Load, steps: int) -> Iterator[StepCall]:
             ended = int(random.integers(load.rows))
             rows[ended] = start(rows[ended].slot)
             admitted = (_admit(rows[ended], load),)
-            rows.sort(key=lambda row: row.placement.digest if row.placement else "")
+            rows.sort(key=lambda row: row.applied[0].placement.digest)
         yield _call(catalog, bucket, StepRows.of(rows), changed, admitted)
         rows = [_next(row, free) for row in rows]
 

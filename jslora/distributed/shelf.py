@@ -32,8 +32,8 @@ class Shelf:
         self._lock = threading.Lock()
         self._host = HostTier(host_cache_bytes)
 
-    def read(self, root: int, path: str) -> str:
-        """The digest of what a folder holds; its numbers are at hand then.
+    def read(self, root: int, path: str, storage: str) -> str:
+        """The digest of what a folder holds, stored so; its numbers are at hand then.
 
         Args:
             root: number of a root.
@@ -45,23 +45,25 @@ class Shelf:
         if root >= len(self._roots):
             raise AdapterRejected(f"there are {len(self._roots)} adapter roots, no number {root}")
         folder, top = Roots([self._roots[root]]).locate(path)
-        known = self._reader.remembered(folder)
+        known = self._reader.remembered(folder, storage)
         if known is not None and known.version is not None:
             digest, pages = known.version.digest, known.version.n_pages
             if self._at_hand(digest, pages) is not None:
                 return digest
-        whole = self._reader.whole(folder, top)
+        whole = self._reader.whole(folder, top, storage)
         self._keep(whole.version.digest, whole.blob)
         return whole.version.digest
 
-    def blob(self, digest: str, pages: int, root: int, path: str) -> Float[np.ndarray, "d L n E"]:
+    def blob(
+        self, digest: str, pages: int, root: int, path: str, storage: str
+    ) -> Float[np.ndarray, "d L n E"]:
         """The packed numbers of contents that were read here before.
 
         Raises:
             AdapterRejected: they are gone, and the folder has others now.
         """
         found = self._at_hand(digest, pages)
-        if found is None and self.read(root, path) == digest:
+        if found is None and self.read(root, path, storage) == digest:
             found = self._at_hand(digest, pages)
         if found is None:
             raise AdapterRejected(f"{printable(path)!r} changed on disk; load it again")

@@ -20,7 +20,7 @@ from jslora.model.config import GROUPS, MODULES, ModelConfig, from_hf
 from jslora.programs import Catalog, Sizes, slack
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora.api import Work
-from pallas_kernels.lora.pieces import piece_width
+from pallas_kernels.lora.pieces import factor_end, row_piece
 from pallas_kernels.lora.reference import BlockShape, BlockWork
 from pallas_kernels.lora.segments import SegmentWork
 from pallas_kernels.paged_attention.rows import Rows
@@ -139,10 +139,11 @@ TINY = Plan(
 
 
 def place(
-    model: ModelConfig, adapter: floor.Adapter, page_numbers: int, pages: Seq[int], scale: float
-) -> Placement:
+    model: ModelConfig, adapter: floor.Adapter, page_numbers: int, pages: Seq[int], scale: float,
+    storage: str = "full", word_bits: int = 16,
+) -> Placement:  # fmt: skip
     """Where an adapter lies when its pages are the first of `pages` that it needs."""
-    a, b, end = offsets(model, adapter.ranks, page_numbers)
+    a, b, end = offsets(model, adapter.ranks, page_numbers, storage, word_bits)
     needed = -(-end // page_numbers)
     assert len(pages) >= needed, f"{adapter.name} needs {needed} pages, there are {len(pages)}"
     every = (model.layers, len(MODULES))
@@ -153,22 +154,25 @@ def place(
         b_offset=np.broadcast_to(np.array(b, np.int32), every),
         rank=np.broadcast_to(np.array(adapter.ranks, np.int32), every),
         scale=np.full(every, scale, np.float32),
+        storage=storage,
     )
 
 
 def offsets(
-    model: ModelConfig, ranks: Seq[int], page_numbers: int
-) -> tuple[list[int], list[int], int]:
-    """First numbers of each module's A and B in a layer, and the end of the last factor."""
+    model: ModelConfig, ranks: Seq[int], page_numbers: int, storage: str = "full",
+    word_bits: int = 16,
+) -> tuple[list[int], list[int], int]:  # fmt: skip
+    """First words of each module's A and B in a layer, and the end of the last factor."""
     found = [0] * len(MODULES), [0] * len(MODULES)
     end = 0
     for group in GROUPS:
         for side in (0, 1):
             for module in group:
                 i, row = MODULES.index(module), model.widths(module)[side]
-                width = piece_width(row, page_numbers)
-                found[side][i] = -(-end // width) * width if ranks[i] else 0
-                end = found[side][i] + ranks[i] * row if ranks[i] else end
+                if ranks[i]:
+                    width = row_piece(row, storage, word_bits, page_numbers)
+                    first = found[side][i] = -(-end // width) * width
+                    end = factor_end(first, ranks[i], row, storage, word_bits, page_numbers)
     return *found, end
 
 

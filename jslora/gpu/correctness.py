@@ -9,16 +9,25 @@ must give the same bits.
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jslora.adapters.quantize import quantize, to_words
 from jslora.batch import Bucket, Placement, RowPlan, Segment
 from jslora.bench import floor
 from jslora.gpu import oracle
 from jslora.gpu.cases import Plan, offsets, pack_rows, pack_work, place
+from jslora.gpu.hard_cases import (
+    AttentionCase,
+    LoraCase,
+    Part,
+    Where,
+    attention_cases,
+    lora_cases,
+)
 from jslora.gpu.session import Session
 from jslora.model.config import GROUPS, MODULES, ModelConfig
 from jslora.programs import Catalog
@@ -26,6 +35,7 @@ from jslora.step import write_pages
 from pallas_kernels.launch import Kernels
 from pallas_kernels.lora import api as lora
 from pallas_kernels.lora.finish import Finish
+from pallas_kernels.lora.pieces import STORAGES, first_scale
 from pallas_kernels.paged_attention import api as attention
 
 LIMITS = {"float32": 2e-5, "bfloat16": 1e-2}
@@ -39,103 +49,7 @@ SCALE = 0.75
 CHUNK = 64
 """Pages in one write into the pool."""
 
-Where = Literal["bottom", "top", "scattered"]
 Operation = Callable[..., jax.Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Tokens [start, end) and the ranks of their adapter; a bad one is NaN throughout."""
-
-    start: int
-    end: int
-    ranks: tuple[int, ...]
-    where: Where = "bottom"
-    bad: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LoraCase:
-    name: str
-    tokens: int
-    rows: int
-    parts: tuple[Part, ...]
-
-    def __str__(self) -> str:
-        return f"lora, {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCase:
-    """Rows as (tokens in this step, context with them)."""
-
-    name: str
-    tokens: int
-    batch: int
-    rows: tuple[tuple[int, int], ...]
-
-    def __str__(self) -> str:
-        return f"attention, {self.name}"
-
-
-# Cases -------------------------------------------------------------------------------------------
-
-
-def lora_cases(plan: Plan) -> list[LoraCase]:
-    """Decode and prefill, of the kinds that a kernel may get wrong; sizes follow the plan."""
-    B, T = plan.step_rows, 4 * plan.step_rows
-    every: Callable[[int], tuple[int, ...]] = lambda rank: (rank,) * len(MODULES)  # noqa: E731
-    few = (1, 7, 8, 16, 33, 12, plan.max_rank, 3)
-    some = (5, 0, 9, 0, 0, 17, 0), (0, 4, 0, 40, 2, 0, 8), (0, 0, 0, 0, 0, 0, 16)
-    places: tuple[Where, ...] = ("bottom", "top", "scattered")
-    own = tuple(Part(b, b + 1, every(few[b % 8]), places[b % 3]) for b in range(min(B, 8)))
-    thirds = [B // 4, B // 2, B - 1]
-    return [
-        LoraCase("every row its own adapter", B, B, own),
-        LoraCase(
-            "one adapter of the highest rank", B, B, (Part(0, B, every(plan.wide_rank), "top"),)
-        ),
-        LoraCase("no adapter", B, B, ()),
-        LoraCase(
-            "targets of their own, rows between without", B, B,
-            tuple(
-                Part(end - B // 8, end, ranks, where)
-                for end, ranks, where in zip(thirds, some, places, strict=True)
-            ),
-        ),
-        LoraCase(
-            "a bad adapter", B, B,
-            (Part(0, 2, every(8)), Part(2, 4, every(16), bad=True), Part(4, B, every(5), "top")),
-        ),
-        LoraCase(
-            "prefill, segments of all lengths", T, B,
-            (
-                Part(3, T // 2 - 1, every(16), "top"), Part(T // 2 - 1, T // 2, every(64)),
-                Part(T // 2 + 1, 3 * T // 4, every(1), "scattered"),
-                Part(T - 5, T, every(33)),
-            ),
-        ),
-    ]  # fmt: skip
-
-
-def attention_cases(plan: Plan) -> list[AttentionCase]:
-    """Contexts around the ends of pages and parts, alone and beside chunks of prompts."""
-    B, S, most = plan.step_rows, plan.page_size, plan.max_model_len
-    ends = [1, S - 1, S, S + 1, 255, 256, 257, 512, most // 2 + 1, most - 1, most]
-    contexts = [context for context in ends if context <= most][-B:]
-    T = 4 * B
-    return [
-        AttentionCase("decode", B, B, tuple((1, context) for context in contexts)),
-        AttentionCase("one row", B, B, ((1, most),)),
-        AttentionCase(
-            "prefill beside decode", T, B,
-            ((1, most), (T // 2, T // 2), (2, S + 3), (1, 1), (T // 4 + 1, most // 2), (1, S)),
-        ),
-        AttentionCase("one prompt's chunk", T, B, ((T, min(most, 3 * T)),)),
-    ]  # fmt: skip
-
-
-# Running -----------------------------------------------------------------------------------------
 
 
 def run(session: Session, plan: Plan, kernels: Kernels) -> None:
@@ -165,6 +79,7 @@ class Bench:
         pages = plan.wide_numbers // plan.page_numbers // LAYERS
         sizes = replace(plan.sizes(pages, plan.step_rows), max_rank=plan.wide_rank)
         self.catalog = Catalog(replace(plan.model, layers=LAYERS), sizes, kernels)
+        self._stored = replace(self.catalog, sizes=replace(sizes, storages=STORAGES))
         self.first_page = LAYER * pages
         self.random = np.random.default_rng(0)
         self._write = jax.jit(write_pages, donate_argnums=0)
@@ -175,13 +90,22 @@ class Bench:
     def bucket(self, tokens: int, rows: int) -> Bucket:
         return Bucket(tokens, rows, self.catalog.buckets[0].pages)
 
-    def adding(self, operation: Operation, bucket: Bucket, group: int, finish: Finish) -> Operation:
+    def catalog_of(self, storages: tuple[str, ...]) -> Catalog:
+        """The programs for adapters that may be stored so."""
+        return self._stored if storages == STORAGES else self.catalog
+
+    def adding(
+        self, operation: Operation, bucket: Bucket, group: int, finish: Finish,
+        storages: tuple[str, ...],
+    ) -> Operation:  # fmt: skip
         """The compiled LoRA operation of a group of modules."""
-        key, widths = (operation, bucket, group, finish), output_widths(self.catalog.config, group)
+        key = operation, bucket, group, finish, storages
+        widths = output_widths(self.catalog.config, group)
         if key not in self._compiled:
+            shape = self.catalog_of(storages).programs.lora_shape(bucket)
             self._compiled[key] = jax.jit(partial(
                 operation, modules=tuple(map(MODULES.index, GROUPS[group])), widths=widths,
-                shape=self.catalog.programs.lora_shape(bucket), kernels=self.kernels, finish=finish,
+                shape=shape, kernels=self.kernels, finish=finish,
             ))  # fmt: skip
         return self._compiled[key]
 
@@ -253,7 +177,7 @@ def check_lora(
         parts.append(Segment(placement, part.start, part.end))
         factors.append(own)
     bucket = bench.bucket(case.tokens, case.rows)
-    work = pack_work(parts, bucket, bench.catalog)
+    work = pack_work(parts, bucket, bench.catalog_of(case.storages))
     worst, faults = 0.0, list[str]()
     for group in range(len(GROUPS)):
         error, wrong = _check_group(bench, case, bucket, factors, work, group, operation)
@@ -272,22 +196,37 @@ def lay(
 ) -> tuple[Placement, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Draw an adapter's factors for one layer and put them into the pool."""
     plan, model = bench.plan, bench.catalog.config
+    page, stored = plan.page_numbers, (part.storage, 8 * plan.item.itemsize)
     adapter = floor.Adapter(name, part.ranks)
-    a_at, b_at, end = offsets(model, part.ranks, plan.page_numbers)
-    ids = shelf.take(-(-end // plan.page_numbers), part.where)
-    blob = np.full(len(ids) * plan.page_numbers, np.nan, plan.item)
+    a_at, b_at, end = offsets(model, part.ranks, page, *stored)
+    ids = shelf.take(-(-end // page), part.where)
+    blob = np.full(len(ids) * page, np.nan, plan.item)
     factors = {}
     for i, module in enumerate(MODULES):
-        wide, out = model.widths(module)
         rank = part.ranks[i]
         if rank and not part.bad:
-            a = bench.normal(rank, wide) / plan.item.type(wide**0.5)
-            b = bench.normal(rank, out) / plan.item.type(rank**0.5)
-            blob[a_at[i] : a_at[i] + a.size] = a.ravel()
-            blob[b_at[i] : b_at[i] + b.size] = b.ravel()
-            factors[module] = a, b
+            a, b = (bench.normal(rank, n) for n in model.widths(module))
+            a, b = a / plan.item.type(a.shape[1] ** 0.5), b / plan.item.type(rank**0.5)
+            factors[module] = (
+                _store(blob, a_at[i], a, part.storage, page),
+                _store(blob, b_at[i], b, part.storage, page),
+            )
     bench.put(ids, blob.reshape(len(ids), -1))
-    return place(model, adapter, plan.page_numbers, ids.tolist(), SCALE), factors
+    return place(model, adapter, page, ids.tolist(), SCALE, *stored), factors
+
+
+def _store(blob: np.ndarray, first: int, rows: np.ndarray, storage: str, page: int) -> np.ndarray:
+    """Put a factor into an adapter's blob; returns the numbers that are then there."""
+    if storage == "full":
+        blob[first : first + rows.size] = rows.ravel()
+        return rows
+    stored = quantize(rows, storage, blob.dtype)
+    words = to_words(stored.integers, storage, blob.dtype)
+    blob[first : first + words.size] = words.ravel()
+    bits = 8 * blob.itemsize
+    first = first_scale(first, len(rows), rows.shape[1], storage, bits, page)
+    blob[first : first + stored.scales.size] = stored.scales.ravel()
+    return stored.numbers
 
 
 def _check_group(
@@ -306,7 +245,7 @@ def _check_group(
     for part in case.parts:
         x[part.start : part.end] = bench.normal(part.end - part.start, x.shape[1])
     y = bench.random.standard_normal((case.tokens, sum(widths)), np.float32)
-    add = bench.adding(operation, bucket, group, Finish.SUM)
+    add = bench.adding(operation, bucket, group, Finish.SUM, case.storages)
     arguments = x, bench.pages, jnp.int32(bench.first_page), jnp.int32(LAYER), work
     after, again = (np.asarray(add(jnp.asarray(y), *arguments)) for _ in range(2))
     wanted = np.zeros(y.shape)
@@ -322,7 +261,7 @@ def _check_group(
     error = oracle.worst(after - y, wanted, touched)
     faults = list(_faults(case, modules, y, after, again, touched))
     if FINISHES[group] is not Finish.SUM:
-        finishing = bench.adding(operation, bucket, group, FINISHES[group])
+        finishing = bench.adding(operation, bucket, group, FINISHES[group], case.storages)
         finished, wrong = _check_finish(bench, case, finishing, y + wanted, y, arguments, group)
         error, faults = max(error, finished), faults + wrong
     return error, faults

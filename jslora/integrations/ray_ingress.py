@@ -1,6 +1,7 @@
 """The one door of the Ray Serve application: it places a request, and passes the answer on.
 
-It reads of a request what it must to place it: the key, and the model. Invariants:
+It reads of a request what it must to place it: the key, and the adapter that it names in `model` or
+first in `adapters`. Invariants:
 - who has no key is refused before a body is read;
 - whatever befalls a replica before its answer began, the client is told 503; an answer that began
   ends with an error frame, or breaks off if it is no stream; nobody waits longer than
@@ -203,8 +204,7 @@ class Ingress:
         Raises:
             Unavailable, EngineFailed: none did.
         """
-        model = _model(call)
-        adapter = model if model in self._names else ""
+        adapter = next((name for name in _named(call) if name in self._names), "")
         self._asked[adapter] += 1
         call = replace(call, alike=self._asked[adapter])
         handle = self._replicas.options(stream=True, multiplexed_model_id=adapter)
@@ -281,15 +281,21 @@ class Ingress:
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
+class _Adapter(msgspec.Struct):
+    name: str = ""
+
+
 class _Named(msgspec.Struct):
     model: str = ""
+    adapters: list[_Adapter] | None = None
 
 
-def _model(call: HttpRequest) -> str:
-    """The model that a request names; what is wrong with its body, a replica will say."""
+def _named(call: HttpRequest) -> list[str]:
+    """The models that a request names; what is wrong with its body, a replica will say."""
     if call.path not in _GENERATE:
-        return ""
+        return []
     try:
-        return msgspec.json.decode(call.body, type=_Named).model
+        named = msgspec.json.decode(call.body, type=_Named)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""
+        return []
+    return [named.model, *(adapter.name for adapter in named.adapters or ())]

@@ -10,13 +10,16 @@ heads.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jslora.adapters.storages import check_rows
 from jslora.config import EngineConfig
 from jslora.errors import ConfigError
 from jslora.model.config import MODULES, ModelConfig
 from jslora.split import ONE_DEVICE, Split
+from pallas_kernels.lora.pieces import row_words, scale_groups
 
 COARSE = 256
 _STATE_BYTES = 4  # of a counted token in a slot's state
+_SCALE_BYTES = 4  # of an output channel of a quantised linear layer
 _USUAL_RANK = 16  # of the adapters by which the split is chosen
 
 
@@ -84,13 +87,14 @@ def plan_memory(
         processes: that the devices belong to, as many to each.
 
     Raises:
-        ConfigError: `max_model_len` is over the model's, or not even one page fits.
+        ConfigError: `max_model_len` is over the model's, or not even one page fits; or rows of the
+            model cannot be stored as `adapters.storage` says.
         ModelError: the model cannot be split over the devices.
     """
     length = max_model_len(config, model)
     width = 2 if config.model.dtype == "bfloat16" else 4
     size, devices = config.pool.page_size, config.mesh.model
-    weights = _parameters(model, devices) * width
+    weights = _weight_bytes(model, devices, width, config.model.quantize)
     slots = config.scheduler.max_running * model.vocab_size * _STATE_BYTES
     page_bytes = model.layers * Split(devices).page_numbers(model, size) * width
     longest = -(-length // size)
@@ -105,7 +109,9 @@ def plan_memory(
         raise ConfigError(
             f"{gib(available)} of memory leave no page beside {gib(weights)} of weights"
         )
+    check_rows(config.adapters, model, Split(devices), 8 * width)
     split, reason = choose_split(config, model, pages)
+    check_rows(config.adapters, model, split, 8 * width)
     return MemoryPlan(
         available, weights, slots, page_bytes, pages, size,
         config.adapters.host_cache_bytes, length, split, reason,
@@ -126,9 +132,11 @@ def choose_split(config: EngineConfig, model: ModelConfig, pages: int) -> tuple[
         split = full if wanted == "fully_sharded" else plain
         split.local(model)
         return split, "mesh.lora asks for it"
-    rank = min(_USUAL_RANK, config.adapters.max_rank)
-    numbers = sum(rank * sum(plain.rows(model, module)) for module in MODULES)
-    each = -(-numbers // Split(devices).page_numbers(model, config.pool.page_size))
+    rank, storage = min(_USUAL_RANK, config.adapters.max_rank), config.adapters.storage
+    bits = 16 if config.model.dtype == "bfloat16" else 32
+    rows = [row for module in MODULES for row in plain.rows(model, module)]
+    words = sum(row_words(row, storage, bits) + scale_groups(row, storage) for row in rows)
+    each = -(-rank * words // Split(devices).page_numbers(model, config.pool.page_size))
     needed = config.scheduler.max_running * each
     shape = f"{config.scheduler.max_running} adapters of rank {rank} on every module"
     if 2 * needed <= pages:
@@ -143,13 +151,18 @@ def lora_name(split: Split) -> str:
     return "fully_sharded" if split.fully else "no_collective"
 
 
-def _parameters(model: ModelConfig, devices: int) -> int:
-    """Weights of one device: its part of what is split, and the rest whole."""
+def _weight_bytes(model: ModelConfig, devices: int, width: int, quantize: str) -> int:
+    """Of one device: its part of what is split, and the rest whole."""
     split = Split(devices)
     local = split.local(model)
     if split.splits_vocabulary(model):
         local = replace(local, vocab_size=model.vocab_size // devices)
-    return local.parameters
+    if quantize == "none":
+        return local.parameters * width
+    widths = [local.widths(module) for module in MODULES]
+    linear = model.layers * sum(wide_in * wide_out for wide_in, wide_out in widths)
+    scales = model.layers * sum(wide_out for _, wide_out in widths)
+    return (local.parameters - linear) * width + linear + _SCALE_BYTES * scales
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 
 class PageAllocator:
@@ -23,7 +23,7 @@ class PageAllocator:
         assert total >= 2, f"a pool of {total} pages has no page to give"
         self.total = total
         self._count = np.zeros(total + 1, np.int32)
-        self._count[[0, total]] = 1  # the null page, and where the pool ends
+        self._count[[0, total]] = -1  # the null page, and where the pool ends: nobody's
         # Highest first; an entry may be stale (its page was taken by a run) and is then skipped.
         self._heap = [-page for page in range(total - 1, 0, -1)]
         self.free = total - 1
@@ -73,23 +73,25 @@ class PageAllocator:
 
     def release(self, pages: Sequence[int]) -> None:
         """Count one holder less of each page; a page without holders is free."""
-        left = self._add(pages, -1)
-        freed = dict.fromkeys(p for p, n in zip(pages, left.tolist(), strict=True) if n == 0)
+        at, left = self._add(pages, -1)
+        freed = (-at[left == 0]).tolist()
         self.free += len(freed)
         for page in freed:
-            heapq.heappush(self._heap, -page)
+            heapq.heappush(self._heap, page)
         if len(self._heap) > 2 * self.total:
             self._heap = [-int(page) for page in np.flatnonzero(self._count == 0)]
             heapq.heapify(self._heap)
 
-    def _add(self, pages: Sequence[int], n: int) -> Int32[np.ndarray, " n"]:
-        """Holders of each page, after so many more."""
-        at = np.asarray(pages, np.int64)
-        held = (at > 0) & (self._count[at] > 0)
-        assert held.all(), f"pages {at[~held][:10].tolist()} are not held"
-        np.add.at(self._count, at, n)
-        assert self._count[at].min(initial=0) >= 0, f"a page is given back twice: {pages[:10]}"
-        return self._count[at]
+    def _add(
+        self, pages: Sequence[int], n: int
+    ) -> tuple[Int[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """Pages, of which none may be there twice, and the holders of each after so many more."""
+        at = np.array(pages, np.int64)
+        count = self._count[at]
+        assert (count > 0).all(), f"pages {at[count <= 0][:10].tolist()} are not held"
+        count += n
+        self._count[at] = count
+        return at, count
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that every page's count is the number of `holders` that list it."""

@@ -1,6 +1,6 @@
 """The prefix cache: full pages of KV by what was computed in them, for whoever asks the same next.
 
-A page's key is a hash chained over all tokens up to its end, from a root of adapter digest, tenant
+A page's key is a hash chained over all tokens up to its end, from a root of adapters, tenant
 and salt: equal keys mean equal weights, tokens and owner, so nothing is shared across versions of
 an adapter or across tenants. Pages are published only after their step completed, are never written
 again, and are found for as long as they stay. The cache is one holder of each (`PageAllocator`); a
@@ -27,9 +27,9 @@ from jslora.memory.worth import Clock, Kind, Numbers
 _GUESS = 0.02  # seconds to compute a page again, until it was measured
 
 
-def root_key(digest: str, tenant: str, salt: str) -> bytes:
+def root_key(weights: str, tenant: str, salt: str) -> bytes:
     """Where the chain of keys begins."""
-    return hashlib.blake2b(json.dumps([digest, tenant, salt]).encode(), digest_size=32).digest()
+    return hashlib.blake2b(json.dumps([weights, tenant, salt]).encode(), digest_size=32).digest()
 
 
 def next_keys(key: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
@@ -45,7 +45,7 @@ def next_keys(key: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
 class _Entry(NamedTuple):
     key: bytes
     page: int
-    digest: str
+    digests: tuple[str, ...]
 
 
 class PrefixCache:
@@ -90,15 +90,17 @@ class PrefixCache:
             found += 1
         return found
 
-    def publish(self, keys: Sequence[bytes], pages: Sequence[int], digest: str) -> None:
-        """Let computed pages be found, but for those of whose key another page can be."""
+    def publish(
+        self, keys: Sequence[bytes], pages: Sequence[int], digests: tuple[str, ...]
+    ) -> None:
+        """Let pages computed with some adapters be found, unless others are, of the same keys."""
         if not self.enabled:
             return
         entries, by_page, new = self._entries, self._by_page, []
         for key, page in zip(keys, pages, strict=True):
             if key not in entries:
                 assert page not in by_page, f"page {page} is published under another key"
-                entries[key] = by_page[page] = _Entry(key, page, digest)
+                entries[key] = by_page[page] = _Entry(key, page, digests)
                 new.append(page)
         self._pages.share(new)
 
@@ -151,7 +153,7 @@ class PrefixCache:
 
     def drop(self, digest: str) -> None:
         """Forget what was computed with an adapter that is gone."""
-        self._forget([entry for entry in self._entries.values() if entry.digest == digest])
+        self._forget([entry for entry in self._entries.values() if digest in entry.digests])
 
     def clear(self) -> None:
         """The pool was lost: nothing is known any more."""

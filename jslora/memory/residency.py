@@ -162,7 +162,7 @@ class Residency:
         assert blob.shape[1] == self.layers, f"a blob {blob.shape} for {self.layers} layers"
         placement = Placement(
             version.digest, tuple(pages), version.a_offset, version.b_offset,
-            version.rank, version.scale,
+            version.rank, version.scale, version.storage,
         )  # fmt: skip
         try:
             started = self.now()

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jslora.adapters.private import private_folder
+from jslora.sharding import lies
 
-LAYOUT = 1
+LAYOUT = 2
 """Number of the rules by which leaves are made of files; to be raised with them."""
 
 _CONCURRENT_GB = 2  # in host memory at a time
@@ -35,7 +36,7 @@ class Checkpoint:
 
     Attributes:
         folder: holds all checkpoints; made if it is absent.
-        facts: what the leaves depend on beside the mesh: files, model, dtype.
+        facts: what the leaves depend on beside the mesh and their types: files, model.
         leaves: the whole, abstract; each with its split in `specs`.
     """
 
@@ -60,7 +61,9 @@ class Checkpoint:
         if not self.path.exists():
             return None
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._lies(name))
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=lies(self.mesh, self.specs[name])
+            )
             for name, leaf in self.leaves.items()
         }
         how = orbax.checkpoint_utils.construct_restore_args(wanted)
@@ -89,9 +92,6 @@ class Checkpoint:
         except OSError as error:
             log.warning("converted weights cannot be kept: %s", error)
             shutil.rmtree(self.path, ignore_errors=True)
-
-    def _lies(self, name: str) -> NamedSharding:
-        return NamedSharding(self.mesh, self.specs[name])
 
     @cached_property
     def _own(self) -> list[int]:

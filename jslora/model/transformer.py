@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from jslora.lora import apply_lora
 from jslora.model.config import ModelConfig
+from jslora.model.quantize import FORMATS, SCALE, product
 from jslora.sharding import AXIS
 from jslora.split import ONE_DEVICE, Split
 from pallas_kernels.launch import Kernels
@@ -50,6 +51,7 @@ class Layout(NamedTuple):
         lora, attention: how the host cut the step's work.
         split: over which devices heads and the feed-forward are split; the block's config and
             weights are one device's.
+        quantize: how linear layers are kept, "none" or one of `quantize.FORMATS`.
     """
 
     pages_per_layer: int
@@ -58,6 +60,7 @@ class Layout(NamedTuple):
     attention: Cut
     kernels: Kernels
     split: Split = ONE_DEVICE
+    quantize: str = "none"
 
 
 class Block(nnx.Module):
@@ -68,16 +71,30 @@ class Block(nnx.Module):
         qkv = (config.heads + 2 * config.kv_heads) * D
         self.config, self.layout = config, layout
         self.attn_norm = nnx.Param(jnp.ones((H,), dtype))
-        self.qkv = nnx.Param(jnp.zeros((H, qkv), dtype))
+        self._declare("qkv", qkv, H, dtype)
         if config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros((qkv,), dtype))
         if config.qk_norm:
             self.q_norm = nnx.Param(jnp.ones((D,), dtype))
             self.k_norm = nnx.Param(jnp.ones((D,), dtype))
-        self.o = nnx.Param(jnp.zeros((config.heads * D, H), dtype))
+        self._declare("o", H, config.heads * D, dtype)
         self.mlp_norm = nnx.Param(jnp.ones((H,), dtype))
-        self.gate_up = nnx.Param(jnp.zeros((H, 2 * F), dtype))
-        self.down = nnx.Param(jnp.zeros((F, H), dtype))
+        self._declare("gate_up", 2 * F, H, dtype)
+        self._declare("down", H, F, dtype)
+
+    def _declare(self, name: str, outputs: int, inputs: int, dtype: jnp.dtype) -> None:
+        """A linear layer."""
+        if (quantize := self.layout.quantize) != "none":
+            dtype = FORMATS[quantize].dtype
+            setattr(self, name + SCALE, nnx.Param(jnp.ones((outputs,), jnp.float32)))
+        setattr(self, name, nnx.Param(jnp.zeros((outputs, inputs), dtype)))
+
+    def _linear(self, name: str, x: Float[Array, "T i"]) -> Float[Array, "T o"]:
+        """In float32; adapters are given `x` as it is, whatever becomes of it here."""
+        weight, quantize = getattr(self, name)[...], self.layout.quantize
+        if quantize != "none":
+            return product(x, weight, getattr(self, name + SCALE)[...], quantize)
+        return jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -88,42 +105,46 @@ class Block(nnx.Module):
         work: Work,
     ) -> tuple[Float[Array, "T H"], Float[Array, "pages S 2 K D"]]:
         """Activations after this layer, and the pool with its keys and values written."""
-        layout = self.layout
-        first_page = layer * layout.pages_per_layer
-        lora = partial(
-            apply_lora, config=self.config, first_page=first_page, layer=layer, work=work,
-            shape=layout.lora, kernels=layout.kernels, split=layout.split,
-        )  # fmt: skip
+        pool = _Pool(self.layout, self.config, pages, layer, step, work)
+        return self.forward(x, step.cos, step.sin, pool.lora, pool.attend), pool.pages
+
+    def forward(
+        self,
+        x: Float[Array, "T H"],
+        cos: Float[Array, "T 1 D"],
+        sin: Float[Array, "T 1 D"],
+        lora: Callable[..., Array],
+        attend: Callable[..., Float[Array, "T N D"]],
+    ) -> Float[Array, "T H"]:
+        """Activations after this layer, whatever adapters and attention are; also what is trained.
+
+        Args:
+            lora: (base output in float32, input, group, finish, stream) to what `Finish` says.
+            attend: (q, k, v) to the heads' outputs.
+        """
         h = rms_norm(x, self.attn_norm[...], self.config.norm_eps)
-        q, k, v = self._heads(lora(_linear(h, self.qkv[...]), h, pages=pages, group=0), step)
-        pages = pages.at[first_page + step.write_page, step.write_offset].set(
-            jnp.stack([k, v], axis=1), mode="drop"
-        )
-        lora = partial(lora, pages=pages)
-        h = paged_attention(
-            q, pages, first_page, step.rows, scale=self.config.head_dim**-0.5,
-            prefill=layout.prefill, cut=layout.attention, kernels=layout.kernels,
-        ).reshape(x.shape[0], -1)  # fmt: skip
-        x = self._add(x, lora, h, self.o, group=1)
+        q, k, v = self._heads(lora(self._linear("qkv", h), h, group=0), cos, sin)
+        h = attend(q, k, v).reshape(x.shape[0], -1)
+        x = self._add(x, lora, h, "o", group=1)
         h = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
-        h = lora(_linear(h, self.gate_up[...]), h, group=2, finish=Finish.GATED)
-        return self._add(x, lora, h, self.down, group=3), pages
+        h = lora(self._linear("gate_up", h), h, group=2, finish=Finish.GATED)
+        return self._add(x, lora, h, "down", group=3)
 
     def _add(
-        self, x: Float[Array, "T H"], lora: Callable, h: Float[Array, "T i"], weight: nnx.Param,
-        *, group: int,
+        self, x: Float[Array, "T H"], lora: Callable[..., Array], h: Float[Array, "T i"],
+        name: str, *, group: int,
     ) -> Float[Array, "T H"]:  # fmt: skip
         """The stream with a row-parallel product and its deltas added.
 
         Where devices hold parts of the product, the deltas join the parts before these are summed.
         """
-        y = _linear(h, weight[...])
+        y = self._linear(name, h)
         if self.layout.split.devices == 1:
             return lora(y, h, group=group, finish=Finish.RESIDUAL, stream=x)
         return x + lax.psum(lora(y, h, group=group), AXIS).astype(x.dtype)
 
     def _heads(
-        self, qkv: Float[Array, "T qkv"], step: StepInput
+        self, qkv: Float[Array, "T qkv"], cos: Float[Array, "T 1 D"], sin: Float[Array, "T 1 D"]
     ) -> tuple[Float[Array, "T N D"], Float[Array, "T K D"], Float[Array, "T K D"]]:
         """Bias, split, norm and rotate; in the weights' dtype, ready for the pool."""
         N, K, D = self.config.heads, self.config.kv_heads, self.config.head_dim
@@ -133,9 +154,42 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.norm_eps)
             k = rms_norm(k, self.k_norm[...], self.config.norm_eps)
-        dtype = self.qkv[...].dtype
-        q, k = _rotate(q, step.cos, step.sin), _rotate(k, step.cos, step.sin)
+        dtype = self.attn_norm[...].dtype
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+
+class _Pool:
+    """One layer's adapters and attention, read from pages; `pages` is the pool as it is then."""
+
+    def __init__(
+        self, layout: Layout, config: ModelConfig, pages: Float[Array, "pages S 2 K D"],
+        layer: Int32[Array, ""], step: StepInput, work: Work,
+    ) -> None:  # fmt: skip
+        self.pages, self._layout, self._config, self._step = pages, layout, config, step
+        self._first_page = layer * layout.pages_per_layer
+        self._lora = partial(
+            apply_lora, config=config, first_page=self._first_page, layer=layer, work=work,
+            shape=layout.lora, kernels=layout.kernels, split=layout.split,
+        )  # fmt: skip
+
+    def lora(
+        self, y: Float[Array, "T out"], x: Float[Array, "T in"], *, group: int,
+        finish: Finish = Finish.SUM, stream: Float[Array, "T H"] | None = None,
+    ) -> Float[Array, "T out"]:  # fmt: skip
+        return self._lora(y, x, pages=self.pages, group=group, finish=finish, stream=stream)
+
+    def attend(
+        self, q: Float[Array, "T N D"], k: Float[Array, "T K D"], v: Float[Array, "T K D"]
+    ) -> Float[Array, "T N D"]:
+        """Write keys and values, then read those of every row."""
+        step, layout = self._step, self._layout
+        at = self._first_page + step.write_page, step.write_offset
+        self.pages = self.pages.at[at].set(jnp.stack([k, v], axis=1), mode="drop")
+        return paged_attention(
+            q, self.pages, self._first_page, step.rows, scale=self._config.head_dim**-0.5,
+            prefill=layout.prefill, cut=layout.attention, kernels=layout.kernels,
+        )  # fmt: skip
 
 
 def rms_norm(
@@ -179,7 +233,3 @@ def _rotate(
     """Rotate channel i with channel i + D/2, as Hugging Face checkpoints expect."""
     low, high = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-high, low], axis=-1) * sin
-
-
-def _linear(x: Float[Array, "T i"], w: Float[Array, "i o"]) -> Float[Array, "T o"]:
-    return jnp.einsum("ti,io->to", x, w, preferred_element_type=jnp.float32)

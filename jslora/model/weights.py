@@ -1,16 +1,17 @@
 """Base-model weights: Hugging Face safetensors → one sharded `jax.Array` per leaf.
 
-`shapes` is the single source of leaf names and shapes. Linear weights are stored [in, out], the
-transpose of the files; q, k, v and gate, up are fused along `out`, shard by shard (q₀|k₀|v₀|q₁|…),
-so that splitting the fused columns over devices gives each device whole heads of its own. Every
-tensor of the files binds to a leaf by name and shape or loading fails before anything is read, and
-a device's part is read slice by slice: nothing else of the files is touched for it.
+`shapes` is the single source of leaf names and shapes. Linear weights are stored [out, in], as in
+the files; q, k, v and gate, up are fused along `out`, shard by shard (q₀|k₀|v₀|q₁|…), so that
+splitting the fused rows over devices gives each device whole heads of its own. Every tensor of the
+files binds to a leaf by name and shape or loading fails before anything is read, and a device's
+part is read slice by slice: nothing else of the files is touched for it. What is quantised is so
+leaf by leaf as it comes, so that few leaves lie in memory at their full size.
 """
 
 import contextlib
-import math
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from jslora.errors import ModelError
 from jslora.files import read_json
 from jslora.model.config import ModelConfig
+from jslora.model.quantize import FORMATS, SCALE, Named, is_linear, quantized, scales
 from jslora.progress import Progress, silent
 from jslora.split import Split
 
@@ -42,17 +44,9 @@ class _Leaf:
 
     shape: tuple[int, ...]
     sources: tuple[tuple[str, int], ...]
-    transposed: bool = False
 
-    @property
-    def rest(self) -> tuple[int, ...]:
-        """The shape of one row of a source."""
-        return self.shape[:-1] if self.transposed else self.shape[1:]
-
-    def columns(self, shards: int) -> tuple[tuple[int, int], ...]:
-        """Stretches of the last axis of the whole leaf, in the order that `shards` parts have."""
-        if len(self.sources) == 1:
-            return ((0, self.shape[-1]),)
+    def rows(self, shards: int) -> tuple[tuple[int, int], ...]:
+        """Stretches of rows of the whole leaf, in the order that `shards` parts have."""
         ends = accumulate(rows for _, rows in self.sources)
         at = {name: end - rows for (name, rows), end in zip(self.sources, ends, strict=True)}
         return tuple(
@@ -72,6 +66,20 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in _leaves(config).items()}
 
 
+def abstract_weights(
+    config: ModelConfig, dtype: DTypeLike, quantize: str = "none", shards: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `load_weights` gives: the leaves of `shapes`, and scales behind what is quantised."""
+    found = {}
+    for name, shape in shapes(config).items():
+        found[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        if quantize != "none" and is_linear(name):
+            found[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(FORMATS[quantize].dtype))
+            count = scales(name, shape[0], shards)
+            found[name + SCALE] = jax.ShapeDtypeStruct((count,), jnp.dtype(jnp.float32))
+    return found
+
+
 def load_weights(
     folder: Path,
     config: ModelConfig,
@@ -79,13 +87,15 @@ def load_weights(
     sharding: Shardings,
     shards: int = 1,
     progress: Progress = silent,
+    quantize: str = "none",
 ) -> dict[str, jax.Array]:
     """Read the safetensors in `folder` into the leaves of `shapes`.
 
     Args:
         dtype: of every leaf, norms included; files may hold bfloat16, float16 or float32.
-        shards: number of parts that fused columns are ordered for.
+        shards: number of parts that fused rows are ordered for.
         progress: told ("weights", bytes read, bytes in all, leaf name).
+        quantize: what is made of linear layers, "none" or one of `quantize.FORMATS`.
 
     Raises:
         ModelError: a tensor is missing, has no place, or has another shape or type; a file is
@@ -96,47 +106,69 @@ def load_weights(
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
         _bind(leaves, tensors, config)
-        total = sum(math.prod(leaf.shape) for leaf in leaves.values()) * np.dtype(dtype).itemsize
 
         def load(name: str) -> jax.Array:
             leaf = leaves[name]
             read = partial(_read, tensors, leaf, tuple(leaf.runs(shards)), np.dtype(dtype))
             return jax.make_array_from_callback(leaf.shape, sharding(name, leaf.shape), read)
 
-        weights, done = {}, 0
-        with ThreadPoolExecutor(_READERS) as pool:
-            for name, weight in zip(leaves, pool.map(load, leaves), strict=True):
-                weights[name] = weight
-                done += weight.nbytes
-                progress("weights", done, total, name)
-    return weights
+        total = config.parameters * np.dtype(dtype).itemsize
+        loaded = _told(_in_order(list(leaves), load), total, progress)
+        return dict(quantized(loaded, quantize, sharding))
+
+
+def _in_order(names: list[str], load: Callable[[str], jax.Array]) -> Iterator[Named]:
+    """Leaves by name, a few of them being read ahead."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        ahead: deque[tuple[str, Future[jax.Array]]] = deque()
+        for name in names:
+            ahead.append((name, pool.submit(load, name)))
+            if len(ahead) > _READERS:
+                first, reading = ahead.popleft()
+                yield first, reading.result()
+        yield from ((name, reading.result()) for name, reading in ahead)
+
+
+def _told(weights: Iterator[Named], total: int, progress: Progress) -> Iterator[Named]:
+    done = 0
+    for name, weight in weights:
+        done += weight.nbytes
+        progress("weights", done, total, name)
+        yield name, weight
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: DTypeLike, sharding: Shardings, seed: int = 0, shards: int = 1
+    config: ModelConfig,
+    dtype: DTypeLike,
+    sharding: Shardings,
+    seed: int = 0,
+    shards: int = 1,
+    quantize: str = "none",
 ) -> dict[str, jax.Array]:
     """Random weights that keep activations near unit size; norms are ones.
 
     Args:
-        shards: number of parts that fused columns are ordered for; the model is the same.
+        shards: number of parts that fused rows are ordered for; the model is the same.
+        quantize: as of `load_weights`.
     """
     programs: dict[Any, Callable[[jax.Array], jax.Array]] = {}
-    weights = {}
-    for i, (name, leaf) in enumerate(_leaves(config).items()):
-        shape, where = leaf.shape, sharding(name, leaf.shape)
-        scale = None if name.endswith("norm") else _scale(name, shape)
-        order = leaf.columns(shards)
-        key = (shape, scale, where, order)
-        if key not in programs:
-            draw = partial(_draw, shape=shape, scale=scale, dtype=dtype, order=order)
-            programs[key] = jax.jit(draw, out_shardings=where)
-        weights[name] = programs[key](jax.random.fold_in(jax.random.key(seed), i))
-    return weights
+
+    def drawn() -> Iterator[Named]:
+        for i, (name, leaf) in enumerate(_leaves(config).items()):
+            where = sharding(name, leaf.shape)
+            scale = None if name.endswith("norm") else _scale(name, leaf.shape)
+            order = leaf.rows(shards)
+            key = (leaf.shape, scale, where, order)
+            if key not in programs:
+                draw = partial(_draw, shape=leaf.shape, scale=scale, dtype=dtype, order=order)
+                programs[key] = jax.jit(draw, out_shardings=where)
+            yield name, programs[key](jax.random.fold_in(jax.random.key(seed), i))
+
+    return dict(quantized(drawn(), quantize, sharding))
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> float:
-    inputs = shape[-1] if name in ("embed", "head") else shape[0]
-    return 0.02 if name == "embed" or len(shape) == 1 else inputs**-0.5
+    return 0.02 if name == "embed" or len(shape) == 1 else shape[-1] ** -0.5
 
 
 def _draw(
@@ -146,7 +178,7 @@ def _draw(
     if scale is None:
         return jnp.ones(shape, dtype)
     drawn = (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-    return jnp.concatenate([drawn[..., first:last] for first, last in order], axis=-1)
+    return jnp.concatenate([drawn[first:last] for first, last in order])
 
 
 def _leaves(config: ModelConfig) -> dict[str, _Leaf]:
@@ -179,7 +211,7 @@ def _vector(name: str, size: int) -> _Leaf:
 def _linear(config: ModelConfig, parent: str, *modules: str) -> _Leaf:
     inputs = config.widths(modules[0])[0]
     sources = tuple((f"{parent}.{module}.weight", config.widths(module)[1]) for module in modules)
-    return _Leaf((inputs, sum(rows for _, rows in sources)), sources, transposed=True)
+    return _Leaf((sum(rows for _, rows in sources), inputs), sources)
 
 
 def _bias(config: ModelConfig, parent: str, *modules: str) -> _Leaf:
@@ -228,7 +260,9 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 def _bind(leaves: dict[str, _Leaf], tensors: dict[str, Any], config: ModelConfig) -> None:
     """Check that leaves and tensors match one to one, before anything is read."""
-    expected = {name: (rows, *leaf.rest) for leaf in leaves.values() for name, rows in leaf.sources}
+    expected = {
+        name: (rows, *leaf.shape[1:]) for leaf in leaves.values() for name, rows in leaf.sources
+    }
     for name, shape in expected.items():
         if name not in tensors:
             raise ModelError(f"the model's files lack the tensor {name} of shape {list(shape)}")
@@ -253,16 +287,12 @@ def _read(
     """The part `index` of a leaf, reading only the rows and columns it needs."""
     bounds = [slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True)]
     out = np.empty([s.stop - s.start for s in bounds], dtype)
-    rows, *rest = reversed(bounds) if leaf.transposed else bounds
-    target = out.T if leaf.transposed else out
+    rows, *rest = bounds
     position = 0
     for name, first, count in runs:
         start, stop = max(rows.start, position), min(rows.stop, position + count)
         if start < stop:
             at = slice(first + start - position, first + stop - position)
-            piece = tensors[name][(at, *rest)].astype(dtype, copy=False)
-            # Integers of the same width: numpy copies and transposes them several times faster.
-            bits = f"u{dtype.itemsize}"
-            target[start - rows.start : stop - rows.start].view(bits)[...] = piece.view(bits)
+            out[start - rows.start : stop - rows.start] = tensors[name][(at, *rest)]
         position += count
     return out

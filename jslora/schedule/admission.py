@@ -4,11 +4,18 @@ The server checks bodies more closely and earlier; this is the last word before 
 number of the wrong kind would fail the step of everybody. Host only: no jax.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jslora.adapters.registration import Registration
+from jslora.composition import compose
 from jslora.errors import InvalidRequest, Overloaded
-from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Request, SamplingParams
+from jslora.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    Request,
+    SamplingParams,
+)
 from jslora.schedule.plan import Limits
 from jslora.schedule.queue import Waiting
 from jslora.schedule.settings import SchedulerSection
@@ -43,7 +50,7 @@ POSITIVE = ("top_p", "repetition_penalty")
 
 
 def check(
-    request: Request, registration: Registration | None, limits: Limits, pages: int,
+    request: Request, registrations: Sequence[Registration], limits: Limits, pages: int,
     section: SchedulerSection,
 ) -> None:  # fmt: skip
     """Refuse what can never be served.
@@ -60,6 +67,7 @@ def check(
     if prompt == 0:
         raise InvalidRequest("the prompt is empty", param="prompt")
     _check_settings(request, limits.vocab_size)
+    _check_composition(request, registrations, limits)
     total = prompt + most
     if total > limits.max_model_len:
         raise InvalidRequest(
@@ -67,12 +75,26 @@ def check(
             f"the model's context is {limits.max_model_len}",
             param="max_tokens",
         )
-    own = registration.n_pages if registration else 0
+    own = sum(registration.n_pages for registration in registrations)
     if limits.pages(total) + own > pages - 1:
         raise InvalidRequest(
-            f"{total} tokens need {limits.pages(total)} pages beside the adapter's {own}; "
+            f"{total} tokens need {limits.pages(total)} pages beside the adapters' {own}; "
             f"the pool has {pages - 1}",
             param="max_tokens",
+        )
+
+
+def _check_composition(
+    request: Request, registrations: Sequence[Registration], limits: Limits
+) -> None:
+    """Raise InvalidRequest unless what is packed for a row has room for its adapters."""
+    compose(request.adapters, limits.max_composed)
+    ranks = [registration.info.rank for registration in registrations]
+    if sum(ranks) > limits.max_rank:
+        raise InvalidRequest(
+            f"ranks {' + '.join(map(str, ranks))} make {sum(ranks)}; all adapters of a request "
+            f"together may have {limits.max_rank} (adapters.max_rank)",
+            param="adapters",
         )
 
 

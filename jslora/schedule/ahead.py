@@ -44,16 +44,16 @@ class Ahead:
         self._unread: set[Registration] = set()
         self._digests: set[str] | None = set()  # of those that were read; None: to be made anew
 
-    def add(self, registration: Registration | None) -> None:
-        """One more waits that is bound to an adapter."""
-        if registration is not None:
+    def add(self, registrations: Iterable[Registration]) -> None:
+        """One more waits that is bound to these adapters."""
+        for registration in registrations:
             if registration not in self._waiting:
                 self._unread.add(registration)
             self._waiting[registration] += 1
 
-    def remove(self, registration: Registration | None) -> None:
+    def remove(self, registrations: Iterable[Registration]) -> None:
         """One of them waits no more."""
-        if registration is not None:
+        for registration in registrations:
             self._waiting[registration] -= 1
             if not self._waiting[registration]:
                 del self._waiting[registration]
@@ -73,7 +73,8 @@ class Ahead:
     def kept(self) -> set[str]:
         """Adapters that came for those in front and were not used yet, and pinned ones."""
         residency = self._room.residency
-        wanted = {s.digest for s in self.front if s.slot is None and not s.finished}
+        waiting = (s for s in self.front if s.slot is None and not s.finished)
+        wanted = {digest for sequence in waiting for digest in sequence.digests}
         return (residency.fresh & wanted) | residency.pinned
 
     def held(self) -> tuple[int, set[str]]:
@@ -88,14 +89,18 @@ class Ahead:
         return resident is not None and resident.users > 0
 
     def comes(self, sequence: Sequence) -> bool:
-        """Whether its adapter is here, or was asked for."""
-        here = sequence.digest in self._room.residency.residents
-        return here or sequence.registration in self._reading
+        """Whether its adapters are here, or were asked for."""
+        return all(self._here(r) or r in self._reading for r in sequence.registrations)
+
+    def _here(self, registration: Registration) -> bool:
+        """Whether an adapter is on the device, or on its way there."""
+        version = registration.version
+        return version is not None and version.digest in self._room.residency.residents
 
     def complete(self, front: Seq[Sequence]) -> bool:
         """Whether the adapters of all of them are here, or on their way."""
         residents = self._room.residency.residents
-        return all(not s.registration or s.digest in residents for s in front)
+        return all(s.read and all(map(residents.__contains__, s.digests)) for s in front)
 
     def fetch(
         self, front: Iterable[Sequence], moves: bool
@@ -110,26 +115,32 @@ class Ahead:
         self._reading.clear()
         ahead: set[Registration] = set()
         for sequence in front:
-            if sequence.registration:
-                first = sequence.registration not in ahead
-                ahead.add(sequence.registration)
-                if len(ahead) > 1 and not self._store.fits_host(sum(r.n_pages for r in ahead)):
-                    return  # one would push the other out of host memory
+            for registration in sequence.registrations:
+                first = registration not in ahead
+                if not self._here(registration):
+                    ahead.add(registration)
+                    if not self._fits_host(ahead):
+                        return  # one would push the other out of host memory
                 stuck = not moves and spare == 0
                 try:
-                    version = self._store.resolve(sequence.registration)
+                    version = self._store.resolve(registration)
                     if version and not self._bring(version, sequence, keep, spare, stuck):
                         self.short = sequence
                         return
                 except AdapterRejected as error:
                     yield sequence, error
-                    continue
+                    break
                 if version:
                     keep.add(version.digest)
-                if sequence.digest not in self._room.residency.residents:
-                    self._reading.add(sequence.registration)
-                    spare += sequence.registration.n_pages if first else 0
-            spare += self._limits.pages(len(sequence.tokens))
+                if not self._here(registration):
+                    self._reading.add(registration)
+                    spare += registration.n_pages if first else 0
+            else:
+                spare += self._limits.pages(len(sequence.tokens))
+
+    def _fits_host(self, ahead: Collection[Registration]) -> bool:
+        """Whether host memory holds all of these at once; one alone always fits."""
+        return len(ahead) == 1 or self._store.fits_host(sum(r.n_pages for r in ahead))
 
     def _bring(
         self, version: Version, sequence: Sequence, keep: Collection[str], spare: int, stuck: bool
@@ -148,7 +159,7 @@ class Ahead:
             return True  # being read; asked for again in the next step
         pages = self._room.take_run(version.n_pages, keep, spare)
         if pages is None and stuck:
-            pages = self._room.take_run(version.n_pages)
+            pages = self._room.take_run(version.n_pages, sequence.digests)
         if pages is None:
             return False
         residency.bring(version, blob, pages)

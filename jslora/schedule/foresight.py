@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jslora.adapters.version import Version
 from jslora.memory.room import Room
 from jslora.request import Request
 from jslora.schedule.ahead import Ahead
@@ -41,13 +42,12 @@ class Foresight:
         most = request.params.max_tokens
         if self._lengths is None or _told(request):
             return most
-        return self._lengths.expected(request.adapter or "", min(drawn, most), most)
+        return self._lengths.expected(request.label, min(drawn, most), most)
 
     def ended(self, sequence: Sequence, *, cut: bool) -> None:
         """Learn from an answer's end; `cut` if it would have been longer."""
         if self._lengths is not None and sequence.generated and not _told(sequence.request):
-            name = sequence.request.adapter or ""
-            self._lengths.ended(name, sequence.generated, cut=cut)
+            self._lengths.ended(sequence.request.label, sequence.generated, cut=cut)
 
     def future(self, running: Running) -> Future:
         """What running sequences will come to hold."""
@@ -77,8 +77,7 @@ class Foresight:
 
     def shared(self, sequence: Sequence) -> int:
         """Leading pages of one that waits that are in use by others, and so cost it nothing."""
-        read = sequence.registration is None or sequence.version is not None
-        if not (read and self._room.prefix.enabled and sequence.reuses):
+        if not (sequence.read and self._room.prefix.enabled and sequence.reuses):
             return 0
         most = (len(sequence.tokens) - 1) // self.page_size
         return self._room.prefix.in_use(sequence.keys(most, self.page_size))
@@ -104,10 +103,9 @@ class Outlook:
     _loose: list[tuple[int, int]] = field(default_factory=list)
 
     def joins(self, sequence: Sequence) -> bool:
-        """Whether one more, its adapter included, can run; if so it is counted from now on."""
-        foresight, digest = self._foresight, sequence.digest
-        known = bool(digest) and (digest in self.counted or foresight.ahead.used(digest))
-        own = 0 if known else sequence.adapter_pages
+        """Whether one more, its adapters included, can run; if so it is counted from now on."""
+        foresight = self._foresight
+        own = sum(r.n_pages for r in sequence.registrations if not self._known(r.version))
         # More may be known by now.
         sequence.expected = foresight.expected(sequence.request, sequence.generated)
         held, left = len(sequence.tokens), max(sequence.expected - sequence.generated, 0)
@@ -118,10 +116,15 @@ class Outlook:
         elif not self._joins(sequence, held, left, self.spare - own):
             return False
         self.spare -= own
-        if digest:
-            self.counted.add(digest)
+        self.counted.update(sequence.digests)
         self.bounded = True
         return True
+
+    def _known(self, version: Version | None) -> bool:
+        """Whether an adapter's pages are counted already."""
+        if version is None:
+            return False
+        return version.digest in self.counted or self._foresight.ahead.used(version.digest)
 
     def _joins(self, sequence: Sequence, held: int, left: int, most: int) -> bool:
         held -= self._foresight.shared(sequence) * self._foresight.page_size

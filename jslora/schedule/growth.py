@@ -28,9 +28,9 @@ class Growth:
         """`need` pages for a sequence that starts."""
         pages = self._room.pages.take(need)
         if pages is None:
-            pages = self._room.take(need, self._ahead.kept() | {sequence.digest})
+            pages = self._room.take(need, self._ahead.kept() | {*sequence.digests})
         if pages is None and not self.moves:  # nothing else will ever free a page for it
-            pages = self._room.take(need, {sequence.digest})
+            pages = self._room.take(need, sequence.digests)
         return pages
 
     def all(self, slots: Slots) -> bool:

@@ -12,7 +12,11 @@ from jslora.schedule.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds a step and the queue (the configuration's `scheduler` section, and the model)."""
+    """What bounds a step and the queue (the configuration's `scheduler` section, and the model).
+
+    Attributes:
+        max_rank, max_composed: of the adapters of one request, all together.
+    """
 
     max_running: int
     max_step_tokens: int
@@ -22,6 +26,8 @@ class Limits:
     page_size: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    max_rank: int = 512
+    max_composed: int = 1
 
     def pages(self, tokens: int) -> int:
         """Pages that hold so many tokens."""

@@ -82,7 +82,7 @@ class Policies:
         """A request arrives, whose answer is expected to have so many tokens."""
         request = sequence.request
         sequence.tenant = self._tenants.number(request.tenant)
-        sequence.adapter = self._adapters.number(request.adapter or "")
+        sequence.adapter = self._adapters.number(request.label)
         tenant = self._tenant(sequence.tenant)
         sequence.since, sequence.expected = now, expected
         sequence.level = tenant.priority + request.priority

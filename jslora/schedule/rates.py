@@ -11,7 +11,7 @@ and nothing outstanding, and nothing at all of who has no limit. Host only: no j
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from jslora.errors import RateLimited
@@ -145,11 +145,11 @@ class Rates:
     def __init__(self, tenants: Mapping[str, Tenant], adapters: Mapping[str, Quota]) -> None:
         self._tenants, self._adapters = _Side("tenant", tenants), _Side("adapter", adapters)
 
-    def admit(self, tenant: str, adapter: str | None, prompt_tokens: int, now: float) -> None:
+    def admit(self, tenant: str, adapters: Iterable[str], prompt_tokens: int, now: float) -> None:
         """Take one request and its prompt from every bucket it is under; it is outstanding then.
 
         Args:
-            adapter: None for the base model.
+            adapters: names, none for the base model.
             now: seconds on a clock that does not go back.
 
         Raises:
@@ -158,7 +158,7 @@ class Rates:
         """
         found = [
             (side, name, group, param)
-            for side, name, param in self._sides(tenant, adapter)
+            for side, name, param in self._sides(tenant, adapters)
             if (group := side.filled(name, now))
         ]
         refusals = [
@@ -174,9 +174,9 @@ class Rates:
             group.take(1, prompt_tokens)
             group.outstanding += 1
 
-    def generated(self, tenant: str, adapter: str | None, tokens: int, now: float) -> None:
+    def generated(self, tenant: str, adapters: Iterable[str], tokens: int, now: float) -> None:
         """Charge tokens of an answer under way."""
-        for side, name, _ in self._sides(tenant, adapter):
+        for side, name, _ in self._sides(tenant, adapters):
             if group := side.known(name):
                 group.fill(now)
                 group.take(0, tokens)
@@ -186,16 +186,16 @@ class Rates:
         """Whether anybody has a limit."""
         return self._tenants.limits or self._adapters.limits
 
-    def ended(self, tenant: str, adapter: str | None) -> None:
+    def ended(self, tenant: str, adapters: Iterable[str]) -> None:
         """An admitted request is no longer outstanding, however it ended."""
-        for side, name, _ in self._sides(tenant, adapter):
+        for side, name, _ in self._sides(tenant, adapters):
             if group := side.known(name):
                 group.outstanding -= 1
 
-    def _sides(self, tenant: str, adapter: str | None) -> list[tuple[_Side, str, str | None]]:
+    def _sides(self, tenant: str, adapters: Iterable[str]) -> list[tuple[_Side, str, str | None]]:
         """Tables and names a request is under, and the parameter that chose the name."""
-        sides: list[tuple[_Side, str, str | None]] = [(self._tenants, tenant, None)]
-        return sides if adapter is None else [*sides, (self._adapters, adapter, "model")]
+        named = [(self._adapters, adapter, "model") for adapter in adapters]
+        return [(self._tenants, tenant, None), *named]
 
 
 def _limits(quota: Quota) -> bool:

@@ -4,7 +4,7 @@ What changes from step to step while a sequence runs is here and nowhere else: h
 block table, what the prefix cache has of it. What it is asked to do was put here when it started.
 Host only: no jax.
 
-Invariants: `sequences` is sorted by adapter, so that the rows of a plan are, and has exactly those
+Invariants: `sequences` is sorted by adapters, so that the rows of a plan are, and has exactly those
 with a slot; `known` is the length of a sequence's `tokens`; `life` of a slot grows whenever a
 sequence leaves it, so a step in flight can tell whether its row still means the same.
 """
@@ -193,7 +193,7 @@ class Running:
             tokens=np.array(tokens, np.int32), known=n - fed, fed=fed, position=position,
             table=self._table[slots, :width], slot=slots, samples=samples,
             hold_stop=end - prompt < self.least[slots], draw=self._draw[slots],
-            placements=[sequence.placement for sequence in sequences],
+            applied=[sequence.applied for sequence in sequences],
         )  # fmt: skip
 
     def done(self, rows: StepRows, good: np.ndarray) -> list[int]:
@@ -227,4 +227,4 @@ class Running:
 
 def by_adapter(sequence: Sequence) -> tuple[str, int]:
     """How rows are sorted."""
-    return sequence.digest, sequence.order
+    return sequence.weights, sequence.order

@@ -10,7 +10,7 @@ prefix cache still has it. A plan may count on tokens that the host has not read
 back on the device), so a sequence is preempted only once its own are read. Host only: no jax.
 
 Invariants: after every commit, the pages listed by sequences, the prefix cache and adapters are
-exactly those in use; a sequence has a slot and holds its adapter if and only if it runs.
+exactly those in use; a sequence has a slot and holds its adapters if and only if it runs.
 """
 
 import secrets
@@ -23,6 +23,7 @@ import numpy as np
 from jslora.adapters.registration import Registration
 from jslora.adapters.store import AdapterStore
 from jslora.adapters.version import Version
+from jslora.batch import Applied
 from jslora.errors import InvalidRequest, JsloraError, TooLate
 from jslora.memory.room import Room
 from jslora.request import Request, TokenEvent
@@ -86,8 +87,8 @@ class Scheduler:
 
     # Requests ------------------------------------------------------------------------------------
 
-    def add(self, request: Request, registration: Registration | None) -> None:
-        """Queue a request, bound to an adapter for its whole life; its end releases it.
+    def add(self, request: Request, registrations: tuple[Registration, ...]) -> None:
+        """Queue a request, bound to its adapters for its whole life; its end releases them.
 
         Raises:
             InvalidRequest: it can never fit, or its id is in use.
@@ -96,22 +97,22 @@ class Scheduler:
         """
         if request.id in self._by_id:
             raise InvalidRequest(f"request id {request.id!r} is in use", param="request_id")
-        check(request, registration, self.limits, self.room.pages.total, self._section)
+        check(request, registrations, self.limits, self.room.pages.total, self._section)
         own = self.policies.waits(request.tenant)
         check_queue(request, self.limits, self._section, self.waiting, own)
         now, seed = self._clock(), request.params.seed
         sequence = Sequence(
-            request, registration, secrets.randbits(64) if seed is None else seed % 2**64,
+            request, registrations, secrets.randbits(64) if seed is None else seed % 2**64,
             next(self._orders), list(request.prompt),
         )  # fmt: skip
         expected = self._foresight.expected(request, 0)
         try:
-            self._rates.admit(request.tenant, request.adapter, len(request.prompt), now)
+            self._rates.admit(request.tenant, _names(request), len(request.prompt), now)
         except JsloraError:
             self.rate_limited += 1
             raise
         self.policies.queue(sequence, expected, now)
-        self._ahead.add(registration)
+        self._ahead.add(registrations)
         self._by_id[request.id] = sequence
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -135,7 +136,7 @@ class Scheduler:
 
     def fail_bound(self, registration: Registration, error: JsloraError) -> list[TokenEvent]:
         """End what is bound to one adapter."""
-        bound = [s for s in self._by_id.values() if s.registration is registration]
+        bound = [s for s in self._by_id.values() if registration in s.registrations]
         return self.fail(bound, error)
 
     @property
@@ -286,9 +287,9 @@ class Scheduler:
         return self._foresight.outlook(future, self.rows)
 
     def _here(self, sequence: Sequence) -> bool:
-        """Whether its adapter is on the device."""
+        """Whether its adapters are on the device."""
         placement = self.room.residency.placement
-        return not sequence.registration or placement(sequence.digest) is not None
+        return sequence.read and all(placement(digest) for digest in sequence.digests)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence pages for all it has, or it would be preempted halfway."""
@@ -305,10 +306,13 @@ class Scheduler:
         sequence.cached = min(computed, sequence.prompt_length)
         self.asked_tokens += sequence.prompt_length
         self.hit_tokens += sequence.cached
-        if sequence.registration:
-            sequence.placement = self.room.residency.acquire(sequence.digest)
+        acquired = [self.room.residency.acquire(digest) for digest in sequence.digests]
+        sequence.applied = tuple(
+            Applied(placement, adapter.scale)
+            for placement, adapter in zip(acquired, sequence.request.adapters, strict=True)
+        )
         self.policies.start(sequence, computed, self._clock())
-        self._ahead.remove(sequence.registration)
+        self._ahead.remove(sequence.registrations)
         self.rows.add(sequence, known + pages, len(known))
         return True
 
@@ -320,7 +324,7 @@ class Scheduler:
             sequence.scores.clear()
             self.preemptions += 1
             self.policies.requeue(sequence)
-            self._ahead.add(sequence.registration)
+            self._ahead.add(sequence.registrations)
         if held:
             self._future = None
             self._ahead.front = self.policies.front(PREFETCH, self._clock())
@@ -382,7 +386,7 @@ class Scheduler:
         """A token of each was read, which counts where there are limits."""
         if self._rates.limits:
             for request in (sequence.request for sequence in sequences):
-                self._rates.generated(request.tenant, request.adapter, 1, now)
+                self._rates.generated(request.tenant, _names(request), 1, now)
 
     def took(self, plan: Plan, seconds: float) -> None:
         """Learn what a step takes, and computing a page, from steps that mostly do that."""
@@ -400,7 +404,7 @@ class Scheduler:
         if self.room.prefix.enabled and pages > first:
             keys = sequence.keys(pages, self.limits.page_size)
             held = self.rows.pages(slot)
-            self.room.prefix.publish(keys[first:], held[first:pages], sequence.digest)
+            self.room.prefix.publish(keys[first:], held[first:pages], sequence.digests)
             self.rows.published[slot] = pages
 
     def failures(self) -> list[TokenEvent]:
@@ -416,12 +420,12 @@ class Scheduler:
         self._foresight.ended(sequence, cut=cut)
         if sequence.slot is None:
             self.policies.withdraw(sequence)
-            self._ahead.remove(sequence.registration)
+            self._ahead.remove(sequence.registrations)
         else:
             self._stop(sequence)
-        self._rates.ended(request.tenant, request.adapter)
-        if sequence.registration:
-            self.store.release(sequence.registration)
+        self._rates.ended(request.tenant, _names(request))
+        for registration in sequence.registrations:
+            self.store.release(registration)
 
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence off the device, and offer the prefix cache what it computed.
@@ -432,8 +436,13 @@ class Scheduler:
         assert sequence.slot is not None, f"request {sequence.request.id} does not run"
         self._publish(sequence, int(self.rows.written[sequence.slot]))
         self.room.prefix.release(self.rows.remove(sequence))
-        sequence.placement = None
+        sequence.applied = ()
         sequence.life += 1
         self.policies.stop(sequence)
-        if sequence.registration:
-            self.room.residency.release(sequence.digest)
+        for digest in sequence.digests:
+            self.room.residency.release(digest)
+
+
+def _names(request: Request) -> Iterator[str]:
+    """Of a request's adapters."""
+    return (adapter.name for adapter in request.adapters)

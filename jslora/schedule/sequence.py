@@ -1,10 +1,10 @@
 """One running or waiting sequence, as the scheduler sees it. Host only: no jax."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jslora.adapters.registration import Registration
-from jslora.adapters.version import Version
-from jslora.batch import SAMPLERS, Draw, Placement
+from jslora.batch import SAMPLERS, Applied, Draw
 from jslora.memory.prefix import next_keys, root_key
 from jslora.request import Request, SamplingParams, TokenLogprob
 
@@ -14,7 +14,8 @@ class Sequence:
     """The host's mutable record of a request.
 
     Attributes:
-        registration: the adapter it is bound to for life, whose version may not be known yet.
+        registrations: the adapters it is bound to for life, in the order of `request.adapters`;
+            their versions may not be known yet.
         order: of arrival.
         tokens: prompt and generated tokens that the host has read.
         cached: leading prompt tokens that the prefix cache gave when it last started.
@@ -22,9 +23,10 @@ class Sequence:
         life: how often it was taken off the device.
         scores: logprobs of the prompt tokens read so far, by position.
         draw: how its tokens are drawn; `sampler` is the least of `SAMPLERS` that can.
-        placement: where its adapter lies while it runs.
+        applied: where its adapters lie while it runs, and their scales.
         place: its row in the queue's table, -1 while it is not there.
-        since, tenant, adapter, level, work, deadline: its values there (see `queue.Waiting`).
+        since, tenant, adapter, level, work, deadline: its values there (see `queue.Waiting`);
+            several adapters together count as one of their own.
         expected: tokens that its answer is expected to have.
         started: when it last began to run.
         watched: whether its arrival and start tell how great the load is.
@@ -32,7 +34,7 @@ class Sequence:
     """
 
     request: Request
-    registration: Registration | None
+    registrations: tuple[Registration, ...]
     seed: int
     order: int
     tokens: list[int]
@@ -41,7 +43,7 @@ class Sequence:
     life: int = 0
     finished: bool = False
     scores: dict[int, TokenLogprob] = field(default_factory=dict)
-    placement: Placement | None = None
+    applied: tuple[Applied, ...] = ()
     place: int = -1
     since: float = 0.0
     tenant: int = 0
@@ -57,6 +59,8 @@ class Sequence:
     prompt_length: int = field(init=False)
     draw: Draw = field(init=False)
     sampler: int = field(init=False)
+    _digests: tuple[str, ...] | None = None  # once all are known
+    _key: str | None = None
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,14 +73,28 @@ class Sequence:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def version(self) -> Version | None:
-        """Its adapter's version; None also where that is not known yet."""
-        return self.registration.version if self.registration else None
+    def digests(self) -> tuple[str, ...]:
+        """Of its adapters, as far as their contents are known."""
+        if self._digests is None:
+            found = tuple(r.version.digest for r in self.registrations if r.version)
+            if len(found) < len(self.registrations):
+                return found
+            self._digests = found
+        return self._digests
 
     @property
-    def digest(self) -> str:
-        version = self.version
-        return version.digest if version else ""
+    def read(self) -> bool:
+        """Whether the contents of all its adapters are known."""
+        return self._digests is not None or len(self.digests) == len(self.registrations)
+
+    @property
+    def weights(self) -> str:
+        """A name for all that is added to the base model for it, once that is known."""
+        if self._key is None:
+            assert self.read, f"request {self.request.id} has adapters that were not read"
+            scales = (adapter.scale for adapter in self.request.adapters)
+            self._key = weights_key(self.digests, scales)
+        return self._key
 
     @property
     def reuses(self) -> bool:
@@ -85,18 +103,24 @@ class Sequence:
 
     @property
     def adapter_pages(self) -> int:
-        """Pages that its adapter takes on the device."""
-        return self.registration.n_pages if self.registration else 0
+        """Pages that its adapters take on the device."""
+        return sum(registration.n_pages for registration in self.registrations)
 
     def keys(self, pages: int, page_size: int) -> list[bytes]:
         """Prefix-cache keys of its first `pages` pages, whose tokens must all be known."""
         if not self._keys:
-            self._keys = [root_key(self.digest, self.request.tenant, self.request.cache_salt)]
+            self._keys = [root_key(self.weights, self.request.tenant, self.request.cache_salt)]
         known, end = (len(self._keys) - 1) * page_size, pages * page_size
         if known < end:
             assert end <= len(self.tokens), f"page to {end}, {len(self.tokens)} tokens known"
             self._keys += next_keys(self._keys[-1], self.tokens[known:end], page_size)
         return self._keys[1 : pages + 1]
+
+
+def weights_key(digests: Iterable[str], scales: Iterable[float]) -> str:
+    """A name for scaled adapters: equal for equal weights added in the same order."""
+    parts = zip(digests, scales, strict=True)
+    return "+".join(digest if scale == 1 else f"{scale!r}*{digest}" for digest, scale in parts)
 
 
 def _draw(params: SamplingParams, seed: int) -> Draw:

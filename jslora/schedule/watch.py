@@ -16,14 +16,14 @@ LISTED = 16
 
 def adapters(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     """Names of the adapters that sequences ask for, sorted."""
-    return tuple(sorted({s.request.adapter for s in sequences if s.request.adapter}))
+    return tuple(sorted({adapter.name for s in sequences for adapter in s.request.adapters}))
 
 
 def oldest(waiting: Iterable[Sequence], now: float) -> tuple[tuple[str, float], ...]:
-    """(adapter, its longest wait in seconds) of those `LISTED`; "" is the base model."""
+    """(adapters, their longest wait in seconds) of those `LISTED`; see `Request.label`."""
     waits: defaultdict[str, float] = defaultdict(float)
     for sequence in waiting:
-        name = sequence.request.adapter or ""
+        name = sequence.request.label
         waits[name] = max(waits[name], _wait(sequence, now))
     return tuple(sorted(waits.items(), key=lambda item: (-item[1], item[0]))[:LISTED])
 

@@ -176,6 +176,7 @@ class Generation(Response):
         fields = {
             "id": job.id,
             "model": job.model,
+            "adapters": dict(job.requests[0].adapters),
             "tenant": job.requests[0].tenant,
             "prompt_tokens": job.prompt_tokens,
             "completion_tokens": self._generated(),

@@ -3,8 +3,9 @@
 Names follow vLLM's with the prefix `jslora:`, so that its dashboards and routers are easily
 adapted. The number of series is bounded: adapters are named by the one series of
 `lora_requests_info`, whose value is the time of the update, and where requests wait longest for one
-(at most 16); tenants are those of the configuration and at most 64 others. The engine's counters
-start again at zero when it is restarted, which Prometheus' `rate` allows for.
+(at most 16; for several at once, by their names joined by "+"); tenants are those of the
+configuration and at most 64 others. The engine's counters start again at zero when it is restarted,
+which Prometheus' `rate` allows for.
 """
 
 import time

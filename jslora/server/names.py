@@ -18,7 +18,7 @@ from jslora.server.registry import Adapters
 
 
 class Names:
-    """What `model` may be."""
+    """What `model`, and the names in `adapters`, may be."""
 
     def __init__(self, base: str, adapters: Adapters) -> None:
         self.base = base
@@ -30,11 +30,12 @@ class Names:
         names = {*self._adapters.known, *self._aliases.names()}
         return [self.base, *sorted(name for name in names if may_use(key, name))]
 
-    def resolve(self, model: str, key: Key, user: str = "") -> str | None:
+    def resolve(self, model: str, key: Key, user: str = "", *, param: str = "model") -> str | None:
         """The adapter that answers a request for `model`; None for the base.
 
         Args:
             user: who asks; an alias leads one user to one adapter until it is changed.
+            param: the field that names it.
 
         Raises:
             UnknownModel: nothing of this name is visible to the caller, or the adapter that an
@@ -44,12 +45,12 @@ class Names:
             return None
         is_alias = self._aliases.get(model) is not None
         if not may_use(key, model) or not (is_alias or model in self._adapters.known):
-            raise UnknownModel(f"the model {printable(model)!r} does not exist", param="model")
+            raise UnknownModel(f"the model {printable(model)!r} does not exist", param=param)
         adapter = self._aliases.pick(model, user or None) if is_alias else model
         if adapter == self.base:
             return None
         if adapter not in self._adapters.known:
-            raise UnknownModel(f"{adapter!r}, to which {model!r} leads, is gone", param="model")
+            raise UnknownModel(f"{adapter!r}, to which {model!r} leads, is gone", param=param)
         return adapter
 
     # Adapters -------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from jslora.composition import compose
 from jslora.config import Key
 from jslora.errors import InvalidRequest
-from jslora.request import EngineInfo, Request, SamplingParams
+from jslora.request import EngineInfo, Request, SamplingParams, Scaled
 from jslora.server.protocol import MAX_CHOICES, ChatBody, CompletionBody, GenerationBody
 from jslora.server.service import Service
 
@@ -25,7 +26,8 @@ class Job:
     """One request of a client.
 
     Attributes:
-        model: the base or the adapter that answers, which is not what an alias was called.
+        model: the base or the adapter that answers, which is not what an alias was called; the base
+            too where several are added to it, or one with a scale.
         requests: its sequences, n in a row for each prompt.
         echo: per sequence, the prompt's text to begin the answer with; empty for no echo.
     """
@@ -56,7 +58,7 @@ async def completion_job(service: Service, body: CompletionBody, key: Key) -> Jo
     """
     engine = service.engine()
     service.config.scheduler.check_wishes(body.priority, body.ttft_slo)
-    adapter = service.names.resolve(body.model, key, body.user)
+    model, adapters = _answering(service, body, key)
     _bound_choices(len(body.prompts), body.n)
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("max_tokens 0 needs echo: true", param="max_tokens")
@@ -72,8 +74,7 @@ async def completion_job(service: Service, body: CompletionBody, key: Key) -> Jo
             echo += [text] * body.n
     params = [_completion_params(body, len(prompt), engine) for prompt in prompts]
     _bound_scores(params, [len(prompt) for prompt in prompts] if body.echo else [], body.n)
-    model = adapter or service.names.base
-    return _job("cmpl", body, key, model, adapter, prompts, params, tuple(echo))
+    return _job("cmpl", body, key, model, adapters, prompts, params, tuple(echo))
 
 
 async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
@@ -84,7 +85,7 @@ async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
     """
     engine = service.engine()
     service.config.scheduler.check_wishes(body.priority, body.ttft_slo)
-    adapter = service.names.resolve(body.model, key, body.user)
+    model, adapters = _answering(service, body, key)
     messages = [message.plain() for message in body.messages]
     prompt = tuple(await service.render(messages, engine.max_model_len, body.add_generation_prompt))
     asked = body.max_completion_tokens or body.max_tokens
@@ -94,8 +95,29 @@ async def chat_job(service: Service, body: ChatBody, key: Key) -> Job:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _with_ids_checked(body.sampling(max_tokens, logprobs=logprobs), engine)
     _bound_scores([params], [], body.n)
-    model = adapter or service.names.base
-    return _job("chatcmpl", body, key, model, adapter, [prompt], [params])
+    return _job("chatcmpl", body, key, model, adapters, [prompt], [params])
+
+
+def _answering(service: Service, body: GenerationBody, key: Key) -> tuple[str, tuple[Scaled, ...]]:
+    """What the answer's `model` says, and the adapters of its requests."""
+    names = service.names
+    adapter = names.resolve(body.model, key, body.user)
+    if not body.adapters:
+        return (names.base, ()) if adapter is None else (adapter, (Scaled(adapter),))
+    if body.model != names.base:
+        raise InvalidRequest(
+            f"adapters are added to the base: model must be {names.base!r} then, "
+            f"not {body.model!r}",
+            param="adapters",
+        )
+    asked = []
+    for named in body.adapters:
+        if named.name == names.base:
+            raise InvalidRequest(f"{named.name!r} is the base, no adapter", param="adapters")
+        adapter = names.resolve(named.name, key, body.user, param="adapters")
+        if adapter is not None:  # an alias led to the base, which adds nothing
+            asked.append((adapter, named.scale))
+    return names.base, compose(asked, service.config.adapters.max_composed)
 
 
 def _completion_params(body: CompletionBody, length: int, engine: EngineInfo) -> SamplingParams:
@@ -114,7 +136,7 @@ def _job(
     body: GenerationBody,
     key: Key,
     model: str,
-    adapter: str | None,
+    adapters: tuple[Scaled, ...],
     prompts: Sequence[tuple[int, ...]],
     params: Sequence[SamplingParams],
     echo: tuple[str, ...] = (),
@@ -130,7 +152,7 @@ def _job(
                     id=f"{id}-{len(requests)}",
                     prompt=prompt,
                     params=replace(sampling, seed=seed),
-                    adapter=adapter,
+                    adapters=adapters,
                     tenant=key.tenant,
                     cache_salt=body.cache_salt,
                     priority=body.priority,

@@ -16,12 +16,14 @@ from jslora.request import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_PRIORITY,
+    MAX_SCALE,
     MAX_SLO_SECONDS,
     MAX_STOP_IDS,
     SamplingParams,
 )
 
 MAX_CHOICES = 256
+MAX_ADAPTERS = 16
 MAX_N = 64
 MAX_STOP = 16
 MAX_STOP_CHARS = 256
@@ -82,14 +84,24 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class ScaledAdapter(Body):
+    """An adapter, or an alias, and what its delta is multiplied by."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    scale: Annotated[float, Field(ge=0, le=MAX_SCALE)] = 1.0
+
+
 class GenerationBody(Body):
     """The fields that completions and chat share.
 
+    `adapters`: their deltas, times their scales, are added to the base's outputs; `model` names the
+    base then.
     `priority` is vLLM's: lower goes earlier. `ttft_slo`: seconds in which the first token must come
     or the request is given up. A server whose policy looks at neither refuses them.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
+    adapters: Annotated[list[ScaledAdapter], Field(max_length=MAX_ADAPTERS)] = []
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1

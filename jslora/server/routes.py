@@ -141,7 +141,10 @@ async def metrics(service: Server) -> Response:
 async def completions(
     service: Server, key: Caller, body: Annotated[CompletionBody, Depends(_body(CompletionBody))]
 ) -> Response:
-    """Continue prompts given as text or token ids; `model` names the base or an adapter."""
+    """Continue prompts given as text or token ids; `model` names the base or an adapter.
+
+    With the base, `adapters` names several with scales, whose deltas are added up.
+    """
     began = time.perf_counter()
     return Generation(service, await completion_job(service, body, key), began)
 
@@ -152,7 +155,7 @@ async def completions(
 async def chat(
     service: Server, key: Caller, body: Annotated[ChatBody, Depends(_body(ChatBody))]
 ) -> Response:
-    """Answer a conversation; `model` names the base or an adapter."""
+    """Answer a conversation; `model` and `adapters` are as for completions."""
     began = time.perf_counter()
     return Generation(service, await chat_job(service, body, key), began)
 

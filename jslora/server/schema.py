@@ -87,7 +87,7 @@ def build(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.clear()
     schemas |= definitions["$defs"]
-    for model in _BODIES:
+    for model in (*_BODIES, protocol.ScaledAdapter):
         _allow_null(schemas[model.__name__])
     schemes = {"bearer": {"type": "http", "scheme": "bearer"}}
     document["components"]["securitySchemes"] = schemes

@@ -27,16 +27,18 @@ Shape = reference.BlockShape | segments.SegmentShape
 
 
 def work_shape(
-    tokens: int, max_rank: int, kernels: Kernels, *, prefill: bool, peers: int = 1
-) -> Shape:
+    tokens: int, max_rank: int, kernels: Kernels, *, prefill: bool, peers: int = 1,
+    storages: tuple[str, ...] = ("full",),
+) -> Shape:  # fmt: skip
     """How a bucket's work is cut for the implementation that walks it.
 
     Args:
         peers: devices that share the ranks of some modules (`Meeting.peers`).
+        storages: those that adapters may have (`pieces.STORAGES`).
     """
     if kernels.lora == "reference":
-        return reference.block_shape(tokens, prefill=prefill)
-    return segments.segment_shape(tokens, max_rank, prefill=prefill, peers=peers)
+        return reference.block_shape(tokens, prefill=prefill, storages=storages)
+    return segments.segment_shape(tokens, max_rank, prefill=prefill, peers=peers, storages=storages)
 
 
 def check(implementation: str, rows: tuple[tuple[int, int], ...], page: int) -> None:

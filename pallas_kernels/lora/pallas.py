@@ -1,16 +1,13 @@
 """The LoRA kernels in Pallas, lowered through Triton (see `segments` for what they walk).
 
-Inside the kernels the pool is rows of one column block each, so an address is a block's number;
-Pallas makes the offset in numbers from it, with 64 bits where the pool needs them. Traced numbers
-are divided by `lax.div` and `lax.rem`, and a choice between numbers known at compile time is a sum
-of steps: the lowering of `//` and of `jnp.where` on scalars cannot be relied upon.
+What kernels must mind of the lowering is said in `pallas_factor`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,18 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.lora.finish import Finish
-from pallas_kernels.lora.segments import Address, Pair, SegmentShape, SegmentWork
+from pallas_kernels.lora.pallas_factor import (
+    Factor,
+    Ref,
+    Scalar,
+    as_int,
+    ceil,
+    divide,
+    pair_field,
+    pick,
+)
+from pallas_kernels.lora.pieces import STORAGES
+from pallas_kernels.lora.segments import Address, SegmentShape, SegmentWork
 from pallas_kernels.lora.tiles import (
     INTERPRETED_PROGRAMS,
     Rows,
@@ -31,10 +39,6 @@ from pallas_kernels.lora.tiles import (
     in_blocks,
     shrink_tiles,
 )
-
-Scalar = Int32[Array, ""]
-Ref = Any
-"""An array in device memory, as kernels are given it; Pallas has no public type for that."""
 
 
 def shrink(
@@ -58,8 +62,8 @@ def shrink(
     check_blocks(pages.size, tiles.columns)
     programs = INTERPRETED_PROGRAMS if interpret else tiles.programs
     kernel = partial(
-        _shrink_kernel, modules=modules, rows=in_blocks(x.shape[1], page, tiles.columns),
-        shape=shape, tiles=tiles, programs=programs,
+        _shrink_kernel, modules=modules, shape=shape, tiles=tiles, programs=programs,
+        rows=_every_storage(x.shape[1], page, tiles, shape, pages.dtype),
     )  # fmt: skip
     return pl.pallas_call(
         kernel,
@@ -101,7 +105,7 @@ def expand(
     programs = INTERPRETED_PROGRAMS if interpret else tiles.programs
     kernel = partial(
         _expand_kernel, modules=modules,
-        rows=tuple(in_blocks(width, page, tiles.columns) for width in widths),
+        rows=tuple(_every_storage(width, page, tiles, shape, pages.dtype) for width in widths),
         shape=shape, tiles=tiles, programs=programs, finish=finish,
     )  # fmt: skip
     own = [] if first is None else [lax.div(first, jnp.int32(tiles.columns))]
@@ -124,54 +128,59 @@ def expand(
     )(*operands)
 
 
+def _every_storage(
+    row: int, page: int, tiles: Tiles, shape: SegmentShape, dtype: np.dtype
+) -> tuple[Rows, ...]:
+    """How rows of `row` numbers lie in each of the storages that there may be."""
+    return tuple(in_blocks(row, page, tiles.columns, name, dtype) for name in shape.storages)
+
+
 def _shrink_kernel(
     where: Ref, pairs: Ref, count: Ref, table: Ref, page_list: Ref, pool: Ref, x: Ref, low: Ref,
-    *, modules: tuple[int, ...], rows: Rows, shape: SegmentShape, tiles: Tiles, programs: int,
+    *, modules: tuple[int, ...], rows: tuple[Rows, ...], shape: SegmentShape, tiles: Tiles,
+    programs: int,
 ) -> None:  # fmt: skip
     """An item is a pair, one of the modules, and one part of the columns."""
-    part = -(-rows.row // shape.splits)
     token = jnp.arange(shape.span)
 
     def item(w: Scalar) -> None:
-        rest, split = _divide(w, shape.splits)
-        i, module = _divide(rest, len(modules))
-        which = _pick(modules, module)
+        rest, split = divide(w, shape.splits)
+        i, module = divide(rest, len(modules))
+        for each, storage in zip(rows, shape.storages, strict=True):
+            stored(i, module, split, each, storage)
+
+    def stored(i: Scalar, module: Scalar, split: Scalar, rows: Rows, storage: str) -> None:
+        """The products of a pair whose weights are stored so; nothing for any other."""
+        which = pick(modules, module)
+        part = -(-rows.row // shape.splits)
         first = jnp.minimum(split * part, rows.row)
         end = jnp.minimum(first + part, rows.row)
 
         def block(n: Scalar, _: None) -> None:
             rank = n * tiles.ranks + jnp.arange(tiles.ranks)
-            start = _address(table, where[1], which, i, "a") * rows.piece
+            start = _address(table, where[1], which, i, "a")
             ranks = _address(table, where[1], which, i, "rank")
-            factor = _Factor(
-                pool,
-                page_list,
-                where[0],
-                pairs,
-                i,
-                start + rank * rows.row,
-                rank < ranks,
-                rows.page,
-            )
+            factor = Factor.of(pool, page_list, where[0], pairs, i, start, rank, ranks, rows)
             product = _low_rank(x, factor, token, first, end, rows)
             base = (split * len(modules) + module) * shape.share
             at = base + _places(pairs, i, token, shape) + rank[None, :]
-            mask = (token < _pair(pairs, i, "tokens"))[:, None] & (rank < ranks)[None, :]
+            mask = (token < pair_field(pairs, i, "tokens"))[:, None] & (rank < ranks)[None, :]
             plgpu.store(low.at[at], product, mask=mask)
 
         ranks = _address(table, where[1], which, i, "rank")
-        lax.fori_loop(0, _ceil(ranks, tiles.ranks), block, None)
+        ranks *= _is_stored(pairs, i, storage, shape)
+        lax.fori_loop(0, ceil(ranks, tiles.ranks), block, None)
 
     _stride(item, count[0] * (len(modules) * shape.splits), programs)
 
 
 def _low_rank(
-    x: Ref, factor: "_Factor", token: Int32[Array, " span"], first: Scalar, end: Scalar, rows: Rows
+    x: Ref, factor: Factor, token: Int32[Array, " span"], first: Scalar, end: Scalar, rows: Rows
 ) -> Float[Array, "span ranks"]:
-    """The products over column blocks [first, end), run by run of blocks that lie in a row."""
+    """The products over word blocks [first, end), run by run of blocks that lie in a row."""
     width = factor.pool.shape[1]
-    mine = (_pair(factor.pairs, factor.i, "start") + token)[:, None]
-    ours = (token < _pair(factor.pairs, factor.i, "tokens"))[:, None]
+    mine = (pair_field(factor.pairs, factor.i, "start") + token)[:, None]
+    ours = (token < pair_field(factor.pairs, factor.i, "tokens"))[:, None]
     ours = jnp.broadcast_to(ours, (len(token), width))
 
     def add_run(r: Scalar, total: Array, run: Scalar) -> Array:
@@ -179,9 +188,18 @@ def _low_rank(
         # it to 64 bits as if unsigned).
         place = factor.place(r * run) - r * run
 
+        def inputs(column: Scalar) -> Array:
+            at = x.at[mine, (column * width + jnp.arange(width))[None, :]]
+            return plgpu.load(at, mask=ours, other=0)
+
         def add_block(c: Scalar, total: Array) -> Array:
-            at = x.at[mine, (c * width + jnp.arange(width))[None, :]]
-            return total + _dot(plgpu.load(at, mask=ours, other=0), factor.read(place + c).T)
+            if rows.packed == 1:
+                return total + _dot(inputs(c), factor.words(place + c).T)
+            words = factor.words(place + c)
+            for nth in range(rows.packed):
+                column = nth * rows.row + c
+                total += _dot(inputs(column), factor.numbers(words, nth, column).T)
+            return total
 
         since, until = jnp.maximum(first, r * run), jnp.minimum(end, (r + 1) * run)
         return lax.fori_loop(since, until, add_block, total)
@@ -189,69 +207,75 @@ def _low_rank(
     nothing = jnp.zeros((len(token), len(factor.real)), jnp.float32)
     if rows.row == rows.piece:
         return add_run(jnp.int32(0), nothing, jnp.int32(rows.row))
-    run = rows.row + _pair(factor.pairs, factor.i, "split") * (rows.piece - rows.row)
-    return lax.fori_loop(lax.div(first, run), _ceil(end, run), partial(add_run, run=run), nothing)
+    run = rows.row + pair_field(factor.pairs, factor.i, "split") * (rows.piece - rows.row)
+    return lax.fori_loop(lax.div(first, run), ceil(end, run), partial(add_run, run=run), nothing)
 
 
 def _expand_kernel(
     where: Ref, pairs: Ref, count: Ref, table: Ref, scale: Ref, page_list: Ref, pool: Ref, low: Ref,
     y: Ref, *stream_and_out: Ref,
-    modules: tuple[int, ...], rows: tuple[Rows, ...], shape: SegmentShape, tiles: Tiles,
-    programs: int, finish: Finish,
+    modules: tuple[int, ...], rows: tuple[tuple[Rows, ...], ...], shape: SegmentShape,
+    tiles: Tiles, programs: int, finish: Finish,
 ) -> None:  # fmt: skip
     """An item is a span of tokens and a column block of the result; it walks the span's chain."""
     *stream, out = stream_and_out
-    starts = (0, *accumulate(row.row for row in rows))
+    starts = (0, *accumulate(row.row * row.packed for row, *_ in rows))
     token, lane = jnp.arange(shape.span), jnp.arange(tiles.columns)
-    blocks = rows[0].row if finish is Finish.GATED else starts[-1]
+    blocks = starts[1] if finish is Finish.GATED else starts[-1]
 
     def place(head: Scalar, tile: Scalar) -> tuple[Array, Array]:
         if len(where) == 3:  # the modules' columns are a part of y
             tile = tile + where[2]
-        mine = (_pair(pairs, head, "start") + token)[:, None]
+        mine = (pair_field(pairs, head, "start") + token)[:, None]
         return mine, (tile * tiles.columns + lane)[None, :]
 
     def masked(head: Scalar, condition: Bool[Array, ""]) -> Bool[Array, "span columns"]:
-        ours = (token < _pair(pairs, head, "tokens")) & condition
+        ours = (token < pair_field(pairs, head, "tokens")) & condition
         return jnp.broadcast_to(ours[:, None], (shape.span, tiles.columns))
 
     def sums(head: Scalar, tile: Scalar) -> tuple[Bool[Array, ""], Array]:
         """Whether there is a delta, and a block of base output with the deltas of a chain."""
-        module = sum((_int(tile >= start) for start in starts[1:-1]), jnp.int32(0))
-        which, column = _pick(modules, module), tile - _pick(starts, module)
-        row, piece = (_pick(sizes, module) for sizes in list(zip(*rows, strict=True))[:2])
+        module = sum((as_int(tile >= start) for start in starts[1:-1]), jnp.int32(0))
+        which, column = pick(modules, module), tile - pick(starts, module)
 
         def add_pair(i: Scalar, found: tuple[Scalar, Array]) -> tuple[Scalar, Array]:
-            start = _address(table, where[1], which, i, "b") * piece
-            share = _address(table, where[1], which, i, "rank")
-            ranks = share * shape.peers
+            share, (_, total) = _address(table, where[1], which, i, "rank"), found
+            for storage, each in zip(shape.storages, zip(*rows, strict=True), strict=True):
+                total = add_stored(i, share, total, storage, _of(each, module))
+            return found[0] + share * shape.peers, total
+
+        def add_stored(i: Scalar, share: Scalar, total: Array, storage: str, rows: Rows) -> Array:
+            ranks, nth, within = share * shape.peers, jnp.int32(0), column
+            if rows.packed > 1:
+                length = jnp.int32(rows.row)
+                nth, within = lax.div(column, length), lax.rem(column, length)
 
             def add_ranks(n: Scalar, total: Array) -> Array:
                 rank = n * tiles.ranks + jnp.arange(tiles.ranks)
-                factor = _Factor(
-                    pool, page_list, where[0], pairs, i, start + rank * row, rank < ranks,
-                    rows[0].page,
-                )  # fmt: skip
-                product = _sum_parts(low, module, len(modules), factor, rank, share, shape)
+                start = _address(table, where[1], which, i, "b")
+                factor = Factor.of(pool, page_list, where[0], pairs, i, start, rank, ranks, rows)
+                product = _sum_parts(low, module, len(modules), factor, share, shape)
                 product = product * scale[where[1], which, i]
-                return total + _dot(product.astype(pool.dtype), factor.read(factor.place(column)))
+                words = factor.words(factor.place(within))
+                numbers = factor.numbers(words, nth, column)
+                return total + _dot(product.astype(pool.dtype), numbers)
 
-            total = lax.fori_loop(0, _ceil(ranks, tiles.ranks), add_ranks, found[1])
-            return found[0] + ranks, total
+            mine = ranks * _is_stored(pairs, i, storage, shape)
+            return lax.fori_loop(0, ceil(mine, tiles.ranks), add_ranks, total)
 
         nothing = jnp.int32(0), jnp.zeros((shape.span, tiles.columns), jnp.float32)
-        chain = head + _pair(pairs, head, "chain")
+        chain = head + pair_field(pairs, head, "chain")
         ranks, delta = lax.fori_loop(head, chain, add_pair, nothing)
         wanted = masked(head, (ranks > 0) | (finish is not Finish.SUM))
         return ranks > 0, delta + plgpu.load(y.at[place(head, tile)], mask=wanted, other=0)
 
     def item(w: Scalar) -> None:
-        head, tile = _divide(w, blocks)
+        head, tile = divide(w, blocks)
         changed, result = sums(head, tile)
         if finish is Finish.GATED:
             _, up = sums(head, tile + blocks)
             result = result / (1 + jnp.exp(-result)) * up
-        whole = (_pair(pairs, head, "chain") > 0) & (changed | (finish is not Finish.SUM))
+        whole = (pair_field(pairs, head, "chain") > 0) & (changed | (finish is not Finish.SUM))
         mask, at = masked(head, whole), place(head, tile)
         if finish is Finish.RESIDUAL:
             before = plgpu.load(stream[0].at[at], mask=mask, other=0).astype(jnp.float32)
@@ -262,15 +286,14 @@ def _expand_kernel(
 
 
 def _sum_parts(
-    low: Ref, module: Scalar, modules: int, factor: "_Factor", rank: Int32[Array, " ranks"],
-    share: Scalar, shape: SegmentShape,
+    low: Ref, module: Scalar, modules: int, factor: Factor, share: Scalar, shape: SegmentShape
 ) -> Float[Array, "span ranks"]:  # fmt: skip
     """A pair's low-rank products, the parts of their sums added in order.
 
     Those of all peers lie behind each other, each of a `share` of the ranks.
     """
-    token = jnp.arange(shape.span)
-    mask = (token < _pair(factor.pairs, factor.i, "tokens"))[:, None] & factor.real[None, :]
+    token, rank = jnp.arange(shape.span), factor.rank
+    mask = (token < pair_field(factor.pairs, factor.i, "tokens"))[:, None] & factor.real[None, :]
     if shape.peers > 1:
         peer = lax.div(rank, jnp.full_like(rank, share))
         rank = rank + peer * (shape.splits * modules * shape.share - share)
@@ -286,44 +309,24 @@ def _places(
     pairs: Ref, i: Scalar, token: Int32[Array, " span"], shape: SegmentShape
 ) -> Int32[Array, "span 1"]:
     """Where a device's products of each of a pair's tokens begin."""
-    low, stride = (_divide(_pair(pairs, i, name), shape.peers)[0] for name in ("low", "stride"))
+    low, stride = (divide(pair_field(pairs, i, name), shape.peers)[0] for name in ("low", "stride"))
     return low + token[:, None] * stride
 
 
-class _Factor(NamedTuple):
-    """A block of ranks of one factor of pair `i`, and all it takes to read its columns.
-
-    `starts` counts column blocks: from the layer's page 0, or, when the pair is split, from the
-    adapter's own start. Ranks that are not `real` are neither looked up nor read.
-    """
-
-    pool: Ref
-    page_list: Ref
-    first_page: Scalar
-    pairs: Ref
-    i: Scalar
-    starts: Int32[Array, " ranks"]
-    real: Bool[Array, " ranks"]
-    per_page: int
-
-    def place(self, column: Scalar) -> Int32[Array, " ranks"]:
-        """The block of the pool that holds each rank's column block."""
-        page, rest = _divide(self.starts + column, self.per_page)
-        listed = self.page_list.at[_pair(self.pairs, self.i, "pages") + page]
-        split = _pair(self.pairs, self.i, "split") == 1
-        page = plgpu.load(listed, mask=self.real & split, other=page)
-        return (self.first_page + page) * self.per_page + rest
-
-    def read(self, place: Int32[Array, " ranks"]) -> Float[Array, "ranks columns"]:
-        """The numbers of these blocks, zero where a rank is not real."""
-        at = self.pool.at[place[:, None], jnp.arange(self.pool.shape[1])[None, :]]
-        mask = jnp.broadcast_to(self.real[:, None], (len(self.real), self.pool.shape[1]))
-        return plgpu.load(at, mask=mask, other=0)
+def _of(each: Sequence[Rows], module: Scalar) -> Rows:
+    """How the rows of one of a kernel's modules lie, all in one storage."""
+    fields = zip(*each, strict=True)
+    picked: list[Any] = [
+        alike[0] if len({*alike}) == 1 else pick(alike, module) for alike in fields
+    ]
+    return Rows(*picked)._replace(touched=max(rows.touched for rows in each))
 
 
-def _pair(pairs: Ref, i: Scalar, field: str) -> Scalar:
-    """A field of a pair; loaded where it is used, for registers are scarcer than loads."""
-    return pairs[i, Pair._fields.index(field)]
+def _is_stored(pairs: Ref, i: Scalar, storage: str, shape: SegmentShape) -> Scalar | int:
+    """Whether a pair's weights are stored so, as a number."""
+    if len(shape.storages) == 1:
+        return 1
+    return as_int(pair_field(pairs, i, "storage") == STORAGES.index(storage))
 
 
 def _address(table: Ref, layer: Scalar, module: Scalar, i: Scalar, field: str) -> Scalar:
@@ -340,25 +343,3 @@ def _stride(item: Callable[[Scalar], None], items: Scalar, programs: int) -> Non
 def _dot(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """In float32; without the precision, float32 factors would be rounded to tf32."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-def _pick(choices: Sequence[int], index: Scalar) -> Scalar:
-    """One of a few numbers known at compile time."""
-    steps = enumerate(pairwise(choices), start=1)
-    return sum((_int(index >= n) * (b - a) for n, (a, b) in steps), jnp.int32(choices[0]))
-
-
-def _divide(a: Array, b: int) -> tuple[Array, Array]:
-    """Quotient and remainder of numbers that are not negative."""
-    if b == 1:
-        return a, jnp.zeros_like(a)
-    return lax.div(a, jnp.full_like(a, b)), lax.rem(a, jnp.full_like(a, b))
-
-
-def _ceil(a: Scalar, b: Scalar | int) -> Scalar:
-    """The quotient, rounded up."""
-    return lax.div(a + (b - 1), jnp.int32(b))
-
-
-def _int(condition: Bool[Array, ""]) -> Scalar:
-    return condition.astype(jnp.int32)

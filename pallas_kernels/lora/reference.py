@@ -8,6 +8,10 @@ block. An item costs two gathers of whole block rows and two products, with the 
 tokens masked between them: on a CPU that is several times faster than one small product a block.
 Where devices' products meet before B, all items are walked once for A and once more for B.
 
+Weights that are stored as integers (`pieces`) become numbers of the pool's dtype as they are read:
+the deltas are, bit by bit, those of an adapter that has these numbers. An item's blocks are stored
+alike, so that one choice serves them all.
+
 Invariant: numbers outside a block's ranks are selected away as A and B are read, and tokens outside
 it in the low-rank product; a weight of a block that is not finite reaches that block's tokens only.
 """
@@ -17,27 +21,39 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.lora.finish import Finish, finish_sum
-from pallas_kernels.lora.pieces import RANK_BLOCK, piece_width
+from pallas_kernels.lora.pieces import (
+    BITS,
+    RANK_BLOCK,
+    packed_in_word,
+    piece_width,
+    row_piece,
+    row_words,
+    scale_groups,
+)
 
 Scalar = Int32[Array, ""]
 
+_VIEW = 64  # words; a slice of so many lies in the slack behind the pool
+
 
 class BlockShape(NamedTuple):
-    """How a step's work is cut: tokens in a tile, blocks in an item."""
+    """How a step's work is cut: tokens in a tile, blocks in an item; and how weights are stored."""
 
     tile: int
     blocks: int
+    storages: tuple[str, ...] = ("full",)
 
 
-def block_shape(tokens: int, *, prefill: bool) -> BlockShape:
+def block_shape(tokens: int, *, prefill: bool, storages: tuple[str, ...] = ("full",)) -> BlockShape:
     """Decode batches mix many adapters in a tile; a prefill tile mostly belongs to one."""
-    return BlockShape(min(tokens, 32), 8 if prefill else 16)
+    return BlockShape(min(tokens, 32), 8 if prefill else 16, storages)
 
 
 class Block(NamedTuple):
@@ -48,6 +64,11 @@ class Block(NamedTuple):
     whose pages are `page_list[pages:]`. Where devices share the ranks, `share` pieces lie between
     B's rows for the ranks of one and those of the next. [start, end) are tokens of the item's tile.
     A block of no ranks pads an item, and is never its first.
+
+    The last four there are only if weights may be stored as integers: where the scales of the
+    block's ranks start, in pieces of their width, and how many pieces of B's scales lie between
+    those for the ranks of one device and those of the next; and how all weights of the item's
+    blocks are stored, by its place in `BlockShape.storages`.
     """
 
     a: Int32[Array, " blocks"]
@@ -57,6 +78,10 @@ class Block(NamedTuple):
     ranks: Int32[Array, " blocks"]
     pages: Int32[Array, " blocks"]
     share: Int32[Array, " blocks"]
+    a_scales: Int32[Array, " blocks"] | None = None
+    b_scales: Int32[Array, " blocks"] | None = None
+    scale_share: Int32[Array, " blocks"] | None = None
+    storage: Int32[Array, " blocks"] | None = None
 
 
 class BlockWork(NamedTuple):
@@ -65,7 +90,7 @@ class BlockWork(NamedTuple):
     A list holds its blocks item after item; only as many items as `items` says count.
     """
 
-    blocks: Int32[Array, "L modules I*blocks 7"]
+    blocks: Int32[Array, "L modules I*blocks fields"]
     scale: Float[Array, "L modules I*blocks"]
     items: Int32[Array, "L modules"]
     split: Int32[Array, ""]  # 1 when some adapter's pages do not follow each other
@@ -178,9 +203,10 @@ class _Lists(NamedTuple):
         """The blocks of a module's nth item, and their scales."""
         count = self.shape.blocks
         at = (self.layer, module, n * count)
-        fields = lax.dynamic_slice(self.work.blocks, (*at, 0), (1, 1, count, 7))
+        width = self.work.blocks.shape[3]
+        fields = lax.dynamic_slice(self.work.blocks, (*at, 0), (1, 1, count, width))
         scale = lax.dynamic_slice(self.work.scale, at, (1, 1, count)).reshape(count)
-        return Block(*fields.reshape(count, 7).T), scale
+        return Block(*fields.reshape(count, width).T), scale
 
     def tile(self, block: Block) -> Scalar:
         """First token of an item's tile."""
@@ -188,13 +214,25 @@ class _Lists(NamedTuple):
 
     def products(self, x: Float[Array, "T in"], block: Block) -> Float[Array, "t r"]:
         """Of all tokens of an item's tile with the ranks of all its blocks."""
-        a = self.read(block.a, block, x.shape[1])
+        a = self.read(block.a, block.a_scales, block, x.shape[1])
         xs = lax.dynamic_slice(x, (self.tile(block), 0), (self.shape.tile, x.shape[1]))
         return jnp.einsum("rh,th->rt", a, xs, preferred_element_type=jnp.float32).T
 
-    def read(self, start: Int32[Array, " blocks"], block: Block, row: int) -> Float[Array, "r row"]:
+    def read(
+        self, start: Int32[Array, " blocks"], scales: Int32[Array, " blocks"] | None, block: Block,
+        row: int,
+    ) -> Float[Array, "r row"]:  # fmt: skip
         """RANK_BLOCK rows from each start on, zero where the block has fewer ranks."""
-        return _read(self.pages, self.first_page, start, block, self.work, row)
+        pool = _Pool(self.pages, self.first_page, self.work, block)
+        if scales is None or block.storage is None:
+            return pool.rows(start, row)
+
+        def stored(storage: str) -> Callable[[], Float[Array, "r row"]]:
+            if storage == "full":
+                return lambda: pool.rows(start, row)
+            return lambda: pool.integers(start, scales, row, storage)
+
+        return lax.switch(block.storage[0], [stored(storage) for storage in self.shape.storages])
 
 
 def _add(
@@ -223,7 +261,8 @@ def _add(
         if first is not None:
             column = column + first
         before = lax.dynamic_slice(y, (tile, column), (lists.shape.tile, width))
-        after = before + _delta(low, lists.read(block.b, block, width), block, scale, tile)
+        b = lists.read(block.b, block.b_scales, block, width)
+        after = before + _delta(low, b, block, scale, tile)
         return lax.dynamic_update_slice(y, after, (tile, column))
 
     for width in dict.fromkeys(widths):
@@ -238,9 +277,13 @@ def _for_all(
     """An item's blocks for the ranks of each of the peers in turn."""
     if peers == 1:
         return block, scale
-    repeated = Block(*(jnp.tile(field, peers) for field in block))
+    repeated = jax.tree.map(lambda field: jnp.tile(field, peers), block)
     nth = jnp.repeat(jnp.arange(peers), len(scale))
-    return repeated._replace(b=repeated.b + nth * repeated.share), jnp.tile(scale, peers)
+    repeated = repeated._replace(b=repeated.b + nth * repeated.share)
+    if repeated.b_scales is not None and repeated.scale_share is not None:
+        b_scales = repeated.b_scales + nth * repeated.scale_share
+        repeated = repeated._replace(b_scales=b_scales)
+    return repeated, jnp.tile(scale, peers)
 
 
 def _delta(
@@ -269,37 +312,107 @@ def _delta(
     return lax.cond(jnp.all(jnp.isfinite(delta)), lambda: delta, isolated)
 
 
-def _read(
-    pages: Float[Array, "pages S 2 K D"],
-    first_page: Int32[Array, ""],
-    start: Int32[Array, " blocks"],
-    block: Block,
-    work: BlockWork,
-    row: int,
-) -> Float[Array, "r row"]:
-    """RANK_BLOCK rows from each start on, zero where the block has fewer ranks.
+class _Pool(NamedTuple):
+    """The pool as one item's blocks read it; ranks that a block does not have are zero."""
 
-    Runs of pages are read in whole slices, other adapters piece by piece.
-    """
-    page = math.prod(pages.shape[1:])
-    W = piece_width(row, page)
-    per_page, count = page // W, RANK_BLOCK * row // W
-    pieces = pages.reshape(-1, W)
-    layer = first_page * per_page
-    rank = jnp.arange(count) // (row // W)
-    true = (rank < block.ranks[:, None])[:, :, None]
+    pages: Float[Array, "pages S 2 K D"]
+    first_page: Scalar
+    work: BlockWork
+    block: Block
 
-    def runs() -> Float[Array, "blocks n W"]:
-        whole = lax.GatherDimensionNumbers(
-            offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,)
+    @property
+    def page(self) -> int:
+        """Words in a page."""
+        return math.prod(self.pages.shape[1:])
+
+    def rows(self, start: Int32[Array, " blocks"], row: int) -> Float[Array, "r row"]:
+        """RANK_BLOCK rows from each start on.
+
+        Runs of pages are read in whole slices, other adapters piece by piece.
+        """
+        W = piece_width(row, self.page)
+        per_page, count = self.page // W, RANK_BLOCK * row // W
+        pieces = self.pages.reshape(-1, W)
+        layer = self.first_page * per_page
+        rank = jnp.arange(count) // (row // W)
+        true = (rank < self.block.ranks[:, None])[:, :, None]
+
+        def runs() -> Float[Array, "blocks n W"]:
+            whole = lax.GatherDimensionNumbers(
+                offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,)
+            )
+            at = (layer + start)[:, None]
+            return jnp.where(true, lax.gather(pieces, at, whole, (count, W), mode="clip"), 0)
+
+        def scattered() -> Float[Array, "blocks n W"]:
+            at = start[:, None] + jnp.arange(count)
+            at = layer + self._page_of(at, per_page) * per_page + at % per_page
+            return jnp.where(true, pieces.at[at].get(mode="clip"), 0)
+
+        return lax.cond(self.work.split == 1, scattered, runs).reshape(-1, row)
+
+    def integers(
+        self, start: Int32[Array, " blocks"], scales: Int32[Array, " blocks"], row: int,
+        storage: str,
+    ) -> Float[Array, "r row"]:  # fmt: skip
+        """RANK_BLOCK rows of `row` numbers from each start on that are stored as integers."""
+        dtype, bits = self.pages.dtype, BITS[storage]
+        size = 8 * dtype.itemsize
+        k, groups = packed_in_word(storage, size), scale_groups(row, storage)
+        words = self._words(
+            start, row_words(row, storage, size), row_piece(row, storage, size, self.page)
         )
-        at = (layer + start)[:, None]
-        return jnp.where(true, lax.gather(pieces, at, whole, (count, W), mode="clip"), 0)
+        words = lax.bitcast_convert_type(words, f"uint{size}")
+        factors = self._words(scales, groups, piece_width(groups, self.page)).astype(jnp.float32)
+        true = (jnp.arange(RANK_BLOCK) < self.block.ranks[:, None]).reshape(-1, 1)
+        factors = jnp.where(true, factors, 0)  # of integers whatever they are nothing is left then
+        # A lane has whole groups or, of wide ones, a part of one. They are taken one by one and as
+        # [groups, rest]: XLA:CPU is several times slower where it has to find each column's place.
+        own = max(1, groups // k)
+        factors = jnp.repeat(factors, k * own // groups, axis=1).reshape(-1, k, own, 1)
+        lanes = []
+        for lane in range(k):
+            top = lax.bitcast_convert_type(words << (size - bits * (lane + 1)), f"int{size}")
+            integers = (top >> (size - bits)).astype(jnp.float32)
+            numbers = integers.reshape(len(words), own, -1) * factors[:, lane]
+            lanes.append(numbers.astype(dtype))
+        return jnp.stack(lanes, axis=1).reshape(-1, row)
 
-    def scattered() -> Float[Array, "blocks n W"]:
-        at = start[:, None] + jnp.arange(count)
-        page_id = work.page_list.at[block.pages[:, None] + at // per_page].get(mode="clip")
-        at = layer + page_id * per_page + at % per_page
-        return jnp.where(true, pieces.at[at].get(mode="clip"), 0)
+    def _words(self, start: Int32[Array, " blocks"], row: int, W: int) -> Float[Array, "r row"]:
+        """Whatever lies in RANK_BLOCK rows of `row` words from each start on, in pieces of W.
 
-    return lax.cond(work.split == 1, scattered, runs).reshape(-1, row)
+        XLA:CPU gathers narrow pieces several times more slowly than it copies slices. Pieces may be
+        as narrow as one word, too many to be numbered through the whole pool.
+        """
+        page, count = self.page, RANK_BLOCK * row
+
+        def runs() -> Float[Array, "blocks n"]:
+            V = math.gcd(page, _VIEW)
+            lines = self.pages.reshape(-1, V)
+            length = (count + V - 2) // V + 1
+
+            def copy(i: Scalar, found: Float[Array, "blocks n"]) -> Float[Array, "blocks n"]:
+                word = start[i] * W
+                line = self.first_page * (page // V) + word // V
+                near = lax.dynamic_slice(lines, (line, 0), (length, V)).reshape(-1)
+                one = lax.dynamic_slice(near, (word % V,), (count,))
+                return lax.dynamic_update_slice(found, one[None], (i, 0))
+
+            empty = jnp.zeros((len(start), count), lines.dtype)
+            return lax.fori_loop(0, len(start), copy, empty)
+
+        def scattered() -> Float[Array, "blocks n"]:
+            at = start[:, None] + jnp.arange(count // W)
+            place = self.first_page + self._page_of(at, page // W), at % (page // W) * W
+            one = lax.GatherDimensionNumbers(
+                offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0, 1)
+            )
+            pages, at = self.pages.reshape(-1, page), jnp.stack(place, axis=-1)
+            return lax.gather(pages, at, one, (1, W), mode="clip").reshape(len(start), -1)
+
+        return lax.cond(self.work.split == 1, scattered, runs).reshape(-1, row)
+
+    def _page_of(self, at: Int32[Array, "blocks n"], per_page: int) -> Int32[Array, "blocks n"]:
+        """The page of the layer in which a piece lies, counted from an adapter's own start."""
+        nth = self.block.pages[:, None] + at // per_page
+        return self.work.page_list.at[nth].get(mode="clip")

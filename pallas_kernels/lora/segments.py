@@ -9,7 +9,10 @@ because what follows a sum (`finish`) is done for them too.
 
 Programs are as many as the device takes at once and stride over the list, whose length is an
 argument: no grid is sized for the worst case, ranks are looped over up to the true rank of each
-adapter in each layer and module, and a column block is read from the page that holds it.
+adapter in each layer and module, and a column block is read from the page that holds it. Where
+adapters may be stored in several ways there is a loop for each, of which a pair takes its own.
+Integers are taken out of their words and scaled in registers; the expand kernel's column blocks
+that share words are read by different programs, the words from memory once and then from a cache.
 
 Invariants: numbers beyond an adapter's rank, tokens beyond a span, columns beyond a row are masked
 where they are loaded, both operands of every product and the result; a weight that is not finite
@@ -31,12 +34,14 @@ class SegmentShape(NamedTuple):
         low: numbers of the low-rank product of one module and one split at most.
         peers: devices that share the ranks of a module. All places in the low-rank product are
             multiples of it, so that a device's share is laid out alike, in `1 / peers` of the room.
+        storages: those that adapters may have (`pieces.STORAGES`).
     """
 
     span: int
     splits: int
     low: int
     peers: int = 1
+    storages: tuple[str, ...] = ("full",)
 
     @property
     def share(self) -> int:
@@ -44,10 +49,14 @@ class SegmentShape(NamedTuple):
         return self.low // self.peers
 
 
-def segment_shape(tokens: int, max_rank: int, *, prefill: bool, peers: int = 1) -> SegmentShape:
+def segment_shape(
+    tokens: int, max_rank: int, *, prefill: bool, peers: int = 1,
+    storages: tuple[str, ...] = ("full",),
+) -> SegmentShape:  # fmt: skip
     """Decode has little work for many processors, so a row's sum is split; prefill has enough."""
     ranks = -(-max_rank // peers) * peers
-    return SegmentShape(64 if prefill else 16, 1 if prefill else 8, tokens * ranks, peers)
+    span, splits = (64, 1) if prefill else (16, 8)
+    return SegmentShape(span, splits, tokens * ranks, peers, storages)
 
 
 def sum_splits(
@@ -68,6 +77,7 @@ class Pair(NamedTuple):
         stride: the adapter's highest rank in any layer and module, of all devices together.
         pages: where its pages begin in the page list.
         split: 1 when its pages do not follow each other.
+        storage: how its weights are stored, as a place in `pieces.STORAGES`.
     """
 
     start: Int32[Array, ""]
@@ -77,15 +87,15 @@ class Pair(NamedTuple):
     stride: Int32[Array, ""]
     pages: Int32[Array, ""]
     split: Int32[Array, ""]
-    unused: Int32[Array, ""]
+    storage: Int32[Array, ""]
 
 
 class Address(NamedTuple):
     """The integer fields of a pair in one layer and module, in the order they are packed.
 
-    `a` and `b` are where the factors start, in pieces of the factor's width (`piece_width`),
-    counted from the layer's page 0, or, when the pair is `split`, from the adapter's own start.
-    Where devices share the ranks, `rank` is one's share, and B has the rows of all in turn.
+    `a` and `b` are where the factors start, in pieces of the width (`piece_width`) of their rows of
+    words, counted from the layer's page 0, or, when the pair is `split`, from the adapter's own
+    start. Where devices share the ranks, `rank` is one's share, and B has the rows of all in turn.
     """
 
     a: Int32[Array, ""]

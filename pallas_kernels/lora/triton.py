@@ -17,8 +17,16 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.launch import import_jax_triton
 from pallas_kernels.lora.finish import Finish
+from pallas_kernels.lora.pieces import STORAGES
 from pallas_kernels.lora.segments import SegmentShape, SegmentWork
-from pallas_kernels.lora.tiles import Tiles, check_blocks, expand_tiles, in_blocks, shrink_tiles
+from pallas_kernels.lora.tiles import (
+    Rows,
+    Tiles,
+    check_blocks,
+    expand_tiles,
+    in_blocks,
+    shrink_tiles,
+)
 
 
 def shrink(
@@ -43,7 +51,9 @@ def shrink(
         kernel=triton_kernels.shrink, name="lora_shrink",
         out_type=jax.ShapeDtypeStruct((low_numbers(modules, shape),), np.float32),
         grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
-        **shrink_constants(x.shape[1], page, work, modules, shape, tiles, tiles.programs),
+        **shrink_constants(
+            x.shape[1], page, pages.dtype, work, modules, shape, tiles, tiles.programs
+        ),
     )  # fmt: skip
 
 
@@ -81,7 +91,7 @@ def expand(
         call, where, work.pairs, work.total, work.table, work.scale, work.page_list, pages, low,
         name="lora_expand", grid=(tiles.programs,), num_warps=tiles.warps, num_stages=tiles.stages,
         **expand_constants(
-            widths, y.shape[1], page, work, modules, shape, tiles, tiles.programs
+            widths, y.shape[1], page, pages.dtype, work, modules, shape, tiles, tiles.programs
         ),
     )  # fmt: skip
     into = partial(run, y, kernel=triton_kernels.expand_into, FINISH=finish.value)
@@ -101,40 +111,52 @@ def low_numbers(modules: tuple[int, ...], shape: SegmentShape) -> int:
 
 
 def shrink_constants(
-    row: int, page: int, work: SegmentWork, modules: tuple[int, ...], shape: SegmentShape,
-    tiles: Tiles, programs: int,
+    row: int, page: int, dtype: np.dtype, work: SegmentWork, modules: tuple[int, ...],
+    shape: SegmentShape, tiles: Tiles, programs: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What the shrink kernel is compiled for."""
-    rows = in_blocks(row, page, tiles.columns)
+    rows = [in_blocks(row, page, tiles.columns, storage, dtype) for storage in shape.storages]
     return dict(
-        ROW=rows.row, PIECE=rows.piece, **_constants(work, modules, shape, tiles, page, programs)
+        ROWS=tuple(length for each in rows for length in _lengths(each)),
+        **_constants([[each] for each in rows], work, modules, shape, tiles, page, programs),
     )
 
 
 def expand_constants(
-    widths: tuple[int, ...], y_width: int, page: int, work: SegmentWork, modules: tuple[int, ...],
-    shape: SegmentShape, tiles: Tiles, programs: int,
+    widths: tuple[int, ...], y_width: int, page: int, dtype: np.dtype, work: SegmentWork,
+    modules: tuple[int, ...], shape: SegmentShape, tiles: Tiles, programs: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What the expand kernel is compiled for."""
+    """What the expand kernel is compiled for; each length is one for each module."""
     assert y_width % tiles.columns == 0, f"{y_width} columns in blocks of {tiles.columns}"
-    rows = [in_blocks(width, page, tiles.columns) for width in widths]
+    rows = [
+        [in_blocks(width, page, tiles.columns, storage, dtype) for width in widths]
+        for storage in shape.storages
+    ]
     return dict(
-        TILES=(0, *accumulate(row.row for row in rows)),
+        TILES=(0, *accumulate(width // tiles.columns for width in widths)),
         WIDTH=y_width // tiles.columns,
-        ROWS=tuple(row.row for row in rows),
-        PIECES=tuple(row.piece for row in rows),
-        **_constants(work, modules, shape, tiles, page, programs),
+        ROWS=tuple(length for alike in rows for length in zip(*map(_lengths, alike), strict=True)),
+        **_constants(rows, work, modules, shape, tiles, page, programs),
     )
 
 
+def _lengths(rows: Rows) -> tuple[int, ...]:
+    """What depends on how long a row is, in the order of `triton_kernels`."""
+    return rows.row, rows.piece, rows.groups, rows.group, rows.boundary
+
+
 def _constants(
-    work: SegmentWork, modules: tuple[int, ...], shape: SegmentShape, tiles: Tiles, page: int,
-    programs: int,
+    rows: list[list[Rows]], work: SegmentWork, modules: tuple[int, ...], shape: SegmentShape,
+    tiles: Tiles, page: int, programs: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """What both are compiled for."""
+    """What both are compiled for; `rows` are those of each storage, of one module or more."""
     _, all_modules, pairs, _ = work.table.shape
+    storages = tuple(
+        (STORAGES.index(name), alike[0].packed, max(each.touched for each in alike))
+        for name, alike in zip(shape.storages, rows, strict=True)
+    )
     return dict(
-        MODULES=modules, ALL_MODULES=all_modules, PAIRS=pairs, PAGE=page // tiles.columns,
-        SPAN=shape.span, RANKS=tiles.ranks, COLUMNS=tiles.columns,
+        MODULES=modules, ALL_MODULES=all_modules, PAIRS=pairs, STORAGES=storages,
+        PAGE=page // tiles.columns, SPAN=shape.span, RANKS=tiles.ranks, COLUMNS=tiles.columns,
         SPLITS=shape.splits, LOW=shape.share, PEERS=shape.peers, PROGRAMS=programs,
     )  # fmt: skip

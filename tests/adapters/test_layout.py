@@ -10,11 +10,13 @@ from adapter_folders import DTYPES, MODEL, every_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jslora.adapters.layout import PackedAdapter, lay_out, pack, piece_width, unpack
+from jslora.adapters.layout import PackedAdapter, lay_out, pack, unpack
 from jslora.adapters.peft import Adapter, Factors
+from jslora.adapters.quantize import quantize
 from jslora.errors import AdapterRejected
 from jslora.model.config import GROUPS, MODULES, ModelConfig
 from jslora.split import Split
+from pallas_kernels.lora.pieces import STORAGES, packed_in_word, row_piece, scale_groups
 
 BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
@@ -72,8 +74,9 @@ def test_packing_keeps_every_number_where_the_offsets_say(data: st.DataObject) -
     target = st.sampled_from(every_target(model.layers))
     ranks = data.draw(st.dictionaries(target, st.integers(1, 9), min_size=1))
     saved, pool = data.draw(st.sampled_from(list(DTYPES))), data.draw(st.sampled_from([BF16, F32]))
+    storage = data.draw(st.sampled_from(_storages(model, split, pool)))
     adapter = _adapter(ranks, model, saved)
-    packed = pack(adapter, model, page, pool, split)
+    packed = pack(adapter, model, page, pool, split, storage=storage)
 
     assert packed.blob.dtype == pool
     assert packed.blob.shape == (split.devices, model.layers, packed.n_pages, page)
@@ -83,19 +86,45 @@ def test_packing_keeps_every_number_where_the_offsets_say(data: st.DataObject) -
         own, rank = split.rank(t[1], ranks[t]), ranks[t]
         assert own == packed.rank[t[0], MODULES.index(t[1])]
         assert len(found[t].a) == found[t].b.shape[1] == own * split.peers(t[1]) < rank + 5
-        np.testing.assert_array_equal(found[t].a[:rank], factors.a.astype(pool))
-        np.testing.assert_array_equal(found[t].b[:, :rank], factors.b.astype(pool))
+        a, b = _stored(factors, t[1], model, split, storage, pool)
+        np.testing.assert_array_equal(found[t].a[:rank], a)
+        np.testing.assert_array_equal(found[t].b[:, :rank], b)
         assert not found[t].a[rank:].any() and not found[t].b[:, rank:].any()
         assert found[t].scale == factors.scale
     for device in range(split.devices):
-        alone = pack(adapter, model, page, pool, split, range(device, device + 1))
-        np.testing.assert_array_equal(alone.blob[0], packed.blob[device])
+        alone = pack(adapter, model, page, pool, split, range(device, device + 1), storage)
+        bits = f"u{pool.itemsize}"  # which may be those of a NaN
+        np.testing.assert_array_equal(alone.blob[0].view(bits), packed.blob[device].view(bits))
+        assert alone.error == packed.error < 0.3
+    assert (packed.error > 0) == (storage != "full")
     _check_places(packed, model, page, split)
+
+
+def _storages(model: ModelConfig, split: Split, pool: np.dtype) -> list[str]:
+    """Those that rows of the model are whole words of."""
+    rows = [row for module in MODULES for row in split.rows(model, module)]
+    return [s for s in STORAGES if not any(row % packed_in_word(s, 8 * pool.itemsize)
+                                           for row in rows)]  # fmt: skip
+
+
+def _stored(
+    factors: Factors, module: str, model: ModelConfig, split: Split, storage: str, pool: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of a factor that are stored: of every device's columns as if they were alone."""
+    if storage == "full":
+        return factors.a.astype(pool), factors.b.astype(pool)
+    sides = []
+    for numbers, row in zip((factors.a, factors.b.T), split.rows(model, module), strict=True):
+        parts = np.split(numbers, numbers.shape[1] // row, axis=1)
+        rounded = [quantize(part, storage, pool).numbers for part in parts]
+        sides.append(np.concatenate(rounded, axis=1))
+    return sides[0], sides[1].T
 
 
 def _check_places(packed: PackedAdapter, model: ModelConfig, page: int, split: Split) -> None:
     """Order of the groups, boundaries, no overlap, zeros between, and no page too many."""
-    ends = []
+    ends, storage = [], packed.storage
+    k = packed_in_word(storage, 8 * packed.blob.itemsize)
     for layer in range(model.layers):
         taken = np.zeros(packed.n_pages * page, bool)
         end = 0
@@ -104,22 +133,64 @@ def _check_places(packed: PackedAdapter, model: ModelConfig, page: int, split: S
                 for module in group:
                     column = MODULES.index(module)
                     rank, first = packed.rank[layer, column], offsets[layer, column]
-                    row = split.rows(model, module)[side]
+                    numbers = split.rows(model, module)[side]
+                    row, groups = numbers // k, scale_groups(numbers, storage)
                     if side == 1:
                         rank *= split.peers(module)
                     if rank == 0:
                         assert first == packed.scale[layer, column] == 0
                         continue
-                    width = piece_width(row, page)
+                    width = row_piece(numbers, storage, 8 * packed.blob.itemsize, page)
                     assert page % width == row % width == first % width == 0
                     assert end <= first < end + width
                     end = first + rank * row
+                    assert not taken[first:end].any()
+                    taken[first:end] = True
+                    if storage == "full":
+                        continue
+                    width = math.gcd(groups, page)
+                    first = -(-end // width) * width
+                    end = first + rank * groups
                     assert not taken[first:end].any()
                     taken[first:end] = True
         flat = packed.blob[:, layer].reshape(split.devices, -1)
         assert not flat[:, ~taken].any()
         ends.append(end)
     assert packed.n_pages == math.ceil(max(ends) / page)
+
+
+LLAMA3_8B = dataclasses.replace(
+    MODEL, hidden=4096, layers=1, heads=32, kv_heads=8, head_dim=128, feed_forward=14336
+)
+SMOLLM2_135M = dataclasses.replace(
+    MODEL, hidden=576, layers=1, heads=9, kv_heads=3, head_dim=64, feed_forward=1536
+)
+
+
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.511), ("int4", 0.277)])
+@pytest.mark.parametrize(
+    ("model", "split"),
+    [(SMOLLM2_135M, Split()), (SMOLLM2_135M, Split(3)), (SMOLLM2_135M, Split(3, True))]
+    + [(LLAMA3_8B, Split(n, fully)) for n in (1, 2, 4, 8) for fully in (False, True)],
+)  # fmt: skip
+def test_rank_8_on_every_module_takes_so_much_of_its_bytes(
+    model: ModelConfig, split: Split, storage: str, most: float
+) -> None:
+    """Scales included, in the fewest whole pages that so many words need, or one more."""
+    rank, scale = np.full((1, 7), 8, np.int32), np.ones((1, 7), np.float32)
+    page = split.page_numbers(model, 16)
+    full, small = (lay_out(rank, scale, model, page, split, name) for name in ("full", storage))
+    used, words = (layout.n_pages * (1 - layout.padding) for layout in (full, small))
+    assert words / used <= most
+    assert math.ceil(words) <= small.n_pages <= math.ceil(words) + 1
+    if storage == "int4" or (split == Split() and model is SMOLLM2_135M):
+        assert small.n_pages / full.n_pages <= {"int8": 0.52, "int4": 0.30}[storage]
+
+
+def test_integers_of_a_weight_that_overflows_the_pool_are_refused() -> None:
+    largest = _adapter({(1, "up_proj"): 2}, MODEL, value=float(np.finfo(np.float32).max))
+    with pytest.raises(AdapterRejected, match="layer 1's up_proj is too large for bfloat16"):
+        pack(largest, MODEL, 512, BF16, storage="int8")
 
 
 def test_llama_3_8b_at_rank_16_takes_40_pages() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from jslora.aot.cases import MODELS, POOL_BYTES, Case, cases
 from jslora.aot.record import Record
 from jslora.model.config import from_hf
 from jslora.progress import silent
+from pallas_kernels.lora.pieces import STORAGES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -49,6 +51,8 @@ def test_steps_of_every_model_are_compiled_in_both_phases() -> None:
     assert others == {
         "llama3-8b decode pallas kernels", "llama3-8b mixed pallas kernels",
         "llama3-8b decode triton kernels", "llama3-8b mixed triton kernels",
+        "llama3-8b decode pallas kernels quantised", "llama3-8b mixed pallas kernels quantised",
+        "llama3-8b decode triton kernels quantised", "llama3-8b mixed triton kernels quantised",
         "llama3-8b pallas programs", "llama3-8b pallas 4 devices programs",
     }  # fmt: skip
 
@@ -60,8 +64,16 @@ def test_every_implementation_is_compiled_with_and_without_lora() -> None:
     for name in names:
         if "no lora" in name:
             assert name.replace("no lora", "lora") in names
-        if "pallas" in name and "programs" not in name:
+        if "pallas" in name and "programs" not in name and "base" not in name:
             assert name.replace("pallas", "triton") in names
+        if "quantised" in name:
+            assert name.removesuffix(" quantised") in names
+    quantised = [case for case in all_cases() if "quantised" in case.name]
+    assert {case.devices for case in quantised if case.what == "step"} == {1, 4}
+    assert all(case.storages == STORAGES for case in quantised)
+    base = {(case.quantize, case.phase, case.devices) for case in all_cases()}
+    wanted = itertools.product(("int8", "fp8"), ("decode", "mixed"), (1, 4))
+    assert {case for case in base if case[0] != "none"} == {*wanted}
 
 
 def test_cases_have_the_limits_of_the_configurations() -> None:

@@ -99,12 +99,12 @@ class MemoryShelf:
     holds: dict[str, tuple[str, float]] = field(default_factory=dict)
     forgotten: list[str] = field(default_factory=list)
 
-    def read(self, root: int, path: str) -> str:
+    def read(self, root: int, path: str, storage: str) -> str:
         if path not in self.holds:
             raise AdapterRejected(f"{path!r} is no adapter folder below the adapter roots")
         return self.holds[path][0]
 
-    def blob(self, digest: str, pages: int, root: int, path: str) -> np.ndarray:
+    def blob(self, digest: str, pages: int, root: int, path: str, storage: str) -> np.ndarray:
         found, number = self.holds[path]
         if found != digest:
             raise AdapterRejected(f"{path!r} changed on disk; load it again")

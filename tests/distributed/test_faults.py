@@ -92,7 +92,7 @@ class FakeLinks:
 def a_transfer(followers: int) -> tuple[Any, Transfers, "Future[Any]", "Future[Any]"]:
     """A transfer of one chunk: (links, transfers, the leader's part, done everywhere)."""
     fake: Any = FakeLinks(followers)
-    hosts: Any = SimpleNamespace(place=lambda digest: (0, "good"))
+    hosts: Any = SimpleNamespace(place=lambda digest: (0, "good", "full"))
     all_of_them = Transfers(fake, hosts)
     chunk = Chunk(A, 0, 1, (1,), np.zeros(1, np.int32), np.zeros((1, 1, 1)))
     own: Future[Any] = Future()
@@ -137,7 +137,7 @@ def test_a_failure_does_not_meet_an_arrival() -> None:
 def test_a_transfer_that_one_host_never_ends_fails_in_time(
     met: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     met.followers[1].device.upload_hangs = True
     parts = [*chunks(A, BLOB, [5, 6, 7, 8], 100, 999, 3)]
     monkeypatch.setattr(transfers, "PATIENCE", 0.3)
@@ -154,7 +154,7 @@ def test_a_transfer_that_one_host_never_ends_fails_in_time(
 def test_a_transfer_that_waits_to_be_written_does_not_fail(
     met: Meeting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     sent = [met.group.upload(part).result(5) for part in chunks(A, BLOB, [5, 6, 7, 8], 9, 99, 3)]
     monkeypatch.setattr(transfers, "PATIENCE", 0.0)
     threading.Event().wait(0.5)
@@ -168,7 +168,7 @@ def test_a_transfer_that_waits_to_be_written_does_not_fail(
 
 
 def test_an_answer_that_breaks_its_handler_is_a_loss(met: Meeting, tmp_path: Path) -> None:
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     first, *_ = chunks(A, BLOB, [5, 6, 7, 8], 100, 999, 3)
     met.group.upload(first)
     met.followers[0].uplink.say(messages.Brought(1, 7))  # there are three

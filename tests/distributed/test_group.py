@@ -53,7 +53,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_all_are_told_the_same_in_the_same_order(met: Meeting, tmp_path: Path) -> None:
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     sent = [met.group.upload(part) for part in chunks(A, BLOB, [5, 6, 7, 8], 100, 999, 3)]
     assert len(sent) == 3
     steps = []
@@ -174,14 +174,14 @@ def test_contents_that_are_not_the_same_everywhere_are_refused(
     met: Meeting, tmp_path: Path, name: str, words: str
 ) -> None:
     with pytest.raises(AdapterRejected, match=words):
-        met.hosts.ask(tmp_path / name, tmp_path)(A)
+        met.hosts.ask(tmp_path / name, tmp_path, "full")(A)
     assert not met.hosts.agreed(A)
     met.group.step(a_step(0)).wait()
     assert met.lost.empty()
 
 
 def test_a_transfer_that_fails_on_one_host_fails_alone(met: Meeting, tmp_path: Path) -> None:
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     met.followers[1].device.upload_fails = True
     parts = [*chunks(A, BLOB, [5, 6, 7, 8], 100, 999, 3)]
     for done in [met.group.upload(part) for part in parts]:
@@ -198,7 +198,7 @@ def test_a_transfer_that_fails_on_one_host_fails_alone(met: Meeting, tmp_path: P
 
 def test_chunks_of_a_failed_transfer_are_written_nowhere(met: Meeting, tmp_path: Path) -> None:
     """The first chunk is everywhere when the transfer fails: not even that is written."""
-    met.hosts.ask(tmp_path / "good", tmp_path)(A)
+    met.hosts.ask(tmp_path / "good", tmp_path, "full")(A)
     first, second, third = chunks(A, BLOB, [5, 6, 7, 8], 100, 999, 3)
     sent = met.group.upload(first).result(5)
     met.leader.upload_fails = True

@@ -204,6 +204,7 @@ def test_what_concerns_one_host_need_not_agree(tmp_path: Path) -> None:
         ("scheduler", {"max_running": 8}, "scheduler.max_running is 64 .* and 8 on process 1"),
         ("adapters", {"roots": ["/a", "/b"]}, "adapters.roots is 0 .* and 2 on process 1"),
         ("adapters", {"host_cache_bytes": "2GiB"}, r"adapters\.host_cache_bytes is \d+ on .* 2147"),
+        ("adapters", {"storage": "int8"}, r'adapters\.storages is .*"full".* and .*"int8".*'),
         ("mesh", {"model": 4}, "mesh.model"),
         ("kernels", "reference", "kernels"),
     ],

@@ -44,10 +44,10 @@ def make(roots: list[Path], tmp_path: Path) -> Make:
 
 def test_hosts_agree_on_the_digest_and_each_packs_its_own_part(make: Make) -> None:
     both, first, second = (make(devices) for devices in (range(4), range(2), range(2, 4)))
-    digests = {shelf.read(0, "r5") for shelf in (both, first, second)}
+    digests = {shelf.read(0, "r5", "full") for shelf in (both, first, second)}
     (digest,) = digests
-    parts = [shelf.blob(digest, 1, 0, "r5") for shelf in (first, second)]
-    everything = both.blob(digest, 1, 0, "r5")
+    parts = [shelf.blob(digest, 1, 0, "r5", "full") for shelf in (first, second)]
+    everything = both.blob(digest, 1, 0, "r5", "full")
     np.testing.assert_array_equal(np.concatenate(parts), everything)
     assert len(everything) == 4 and not np.array_equal(*parts)
 
@@ -61,35 +61,35 @@ def test_hosts_agree_on_the_digest_and_each_packs_its_own_part(make: Make) -> No
 )  # fmt: skip
 def test_nothing_opens_but_folders_below_the_one_root(make: Make, root: int, path: str) -> None:
     with pytest.raises(AdapterRejected):
-        make(range(2)).read(root, path)
+        make(range(2)).read(root, path, "full")
 
 
 def test_a_link_out_of_the_root_does_not_open(make: Make, roots: list[Path]) -> None:
     (roots[0] / "link").symlink_to(roots[1] / "patterns")
     with pytest.raises(AdapterRejected):
-        make(range(2)).read(0, "link")
+        make(range(2)).read(0, "link", "full")
 
 
 def test_changed_contents_are_read_anew_and_old_ones_come_from_the_cache(
     make: Make, roots: list[Path]
 ) -> None:
     shelf = make(range(2))
-    old = shelf.read(0, "r5")
-    blob = shelf.blob(old, 1, 0, "r5")
+    old = shelf.read(0, "r5", "full")
+    blob = shelf.blob(old, 1, 0, "r5", "full")
     shutil.rmtree(roots[0] / "r5")
     shutil.copytree(roots[1] / "patterns", roots[0] / "r5")
-    new = shelf.read(0, "r5")
+    new = shelf.read(0, "r5", "full")
     assert new != old
     shelf.forget(old)
-    np.testing.assert_array_equal(shelf.blob(old, blob.shape[2], 0, "r5"), blob)
+    np.testing.assert_array_equal(shelf.blob(old, blob.shape[2], 0, "r5", "full"), blob)
 
 
 def test_contents_that_are_nowhere_any_more_are_refused(make: Make, roots: list[Path]) -> None:
     shelf = make(range(2), cache_bytes=0)
-    old = shelf.read(0, "r5")
+    old = shelf.read(0, "r5", "full")
     shutil.rmtree(roots[0] / "r5")
     shutil.copytree(roots[1] / "patterns", roots[0] / "r5")
-    assert len(shelf.blob(old, 1, 0, "r5")) == 2  # from memory
+    assert len(shelf.blob(old, 1, 0, "r5", "full")) == 2  # from memory
     shelf.forget(old)
     with pytest.raises(AdapterRejected, match="'r5' changed on disk"):
-        shelf.blob(old, 1, 0, "r5")
+        shelf.blob(old, 1, 0, "r5", "full")

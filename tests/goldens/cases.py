@@ -19,7 +19,25 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parent
 MODELS = ("llama", "llama-linear", "llama3", "mistral", "qwen2", "qwen3")
 ADAPTERS = ("r1", "r5", "r8-rslora", "r64-regex", "layer1", "patterns")
-COMPOSED = ("llama3", {"r5": 0.7, "r8-rslora": 1.3})
+
+# Model → name → how much of each adapter's update is added. PEFT makes the first one's settings
+# those of the sum, so that must not be rsLoRA, nor leave out layers; it takes no pattern among
+# lists of modules, and nothing of one adapter alone, whose scale is changed instead.
+COMPOSED: dict[str, dict[str, dict[str, float]]] = {
+    "llama3": {
+        "two": {"r5": 0.7, "r8-rslora": 1.3},
+        "three": {"patterns": 0.8, "layer1": 1.7, "r1": 0.4},
+        "four": {"r1": 1.0, "r5": 0.25, "r8-rslora": 0.5, "patterns": 1.0},
+        "half": {"r8-rslora": 0.5},
+        "double": {"r64-regex": 2.0},
+        "none": {"r5": 0.0},
+    },
+    "qwen3": {
+        "two": {"r1": 2.0, "r8-rslora": 0.6},
+        "three": {"r5": 1.1, "patterns": 0.3, "layer1": 0.9},
+        "half": {"patterns": 0.5},
+    },
+}
 
 SMOLLM2_ADAPTERS: dict[str, dict[str, Any]] = {
     "r4": dict(targets=["q_proj", "v_proj"], rank=4, seed=1, scale=0.6, dtype="float32"),
@@ -62,13 +80,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Composed:
-    """Several adapters at once, each one's update times its weight."""
+    """Adapters of a model by name, how much of each one's update is added, and the answers."""
 
-    model_dir: Path
-    adapter_dirs: tuple[Path, ...]
-    weights: tuple[float, ...]
-    prompts: list[list[int]]
-    first_logprobs: np.ndarray  # [n, V]
+    weights: Mapping[str, float]
+    case: Case
 
 
 def cases() -> list[Case]:
@@ -82,17 +97,15 @@ def cases() -> list[Case]:
     return found
 
 
-def composed() -> Composed:
-    """The adapters of `COMPOSED`, of different ranks, over modules they share and do not share."""
-    model, weights = COMPOSED
-    golden = load_file(ROOT / model / "golden.safetensors")
-    return Composed(
-        model_dir=ROOT / model / "model",
-        adapter_dirs=tuple(ROOT / model / "adapters" / name for name in weights),
-        weights=tuple(weights.values()),
-        prompts=_prompts(golden),
-        first_logprobs=golden["composed/first_logprobs"],
-    )
+def composed() -> list[Composed]:
+    """`COMPOSED`: different ranks, over modules and layers that are shared and that are not."""
+    found = []
+    for model, sums in COMPOSED.items():
+        golden = load_file(ROOT / model / "golden.safetensors")
+        for name, weights in sums.items():
+            case = _case(golden, model, f"composed-{name}", ROOT / model / "model", None)
+            found.append(Composed(weights, case))
+    return found
 
 
 def smollm2_cases(model_dir: Path, adapters_dir: Path) -> list[Case]:

@@ -37,6 +37,7 @@ from goldens.cases import (
 )
 from oracle import load_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from safetensors.numpy import save_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -200,8 +201,9 @@ def make_tiny(name: str, tiny: Tiny) -> None:
         write_peft(folder / "adapters" / adapter, load(folder / "model"), name, adapter)
         model = load(folder / "model", folder / "adapters" / adapter)
         golden |= prefixed(adapter, answers(model, prompts, STEPS))
-    if name == COMPOSED[0]:
-        golden["composed/first_logprobs"] = composed_logprobs(folder, prompts)
+    for composed, weights in COMPOSED.get(name, {}).items():
+        found = composed_answers(folder, weights, prompts)
+        golden |= prefixed(f"composed-{composed}", found)
     save_file(golden, folder / "golden.safetensors")
     check_gaps(name, golden, SMALLEST_GAP)
 
@@ -322,21 +324,25 @@ def check_gaps(name: str, golden: Mapping[str, np.ndarray], least: float) -> Non
     assert min(gaps.values()) > least, f"{name}: two tokens are closer than {least}; change a seed"
 
 
-def composed_logprobs(folder: Path, prompts: list[list[int]]) -> np.ndarray:
-    """First-token log-probabilities [n, V] when PEFT adds weighted updates exactly ("cat")."""
-    weights = COMPOSED[1]
+def composed_answers(
+    folder: Path, weights: Mapping[str, float], prompts: list[list[int]]
+) -> dict[str, np.ndarray]:
+    """`answers` when PEFT adds weighted updates exactly ("cat"), or rescales a single adapter."""
     first, *others = weights
-    # PEFT scales the sum by the first adapter's rule: that must not be rsLoRA's.
-    assert "use_rslora" not in ADAPTERS[first][2]
     model = load(folder / "model")
     model = PeftModel.from_pretrained(model, folder / "adapters" / first, adapter_name=first)
+    if not others:
+        with rescale_adapter_scale(model, weights[first]):
+            return answers(model.eval(), prompts, STEPS)
+    # PEFT scales the sum by the first adapter's rule: that must not be rsLoRA's.
+    assert "use_rslora" not in ADAPTERS[first][2]
     for other in others:
         model.load_adapter(folder / "adapters" / other, other)
     model.add_weighted_adapter(
         list(weights), list(weights.values()), "composed", combination_type="cat"
     )
     model.set_adapter("composed")
-    return answers(model.eval(), prompts, 1)["first_logprobs"]
+    return answers(model.eval(), prompts, STEPS)
 
 
 def make_smollm2(source: Path) -> None:

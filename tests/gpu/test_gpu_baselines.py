@@ -10,7 +10,8 @@ import pytest
 from jslora.batch import Segment
 from jslora.gpu import baselines, kernels
 from jslora.gpu.cases import TINY, Mix, decode_bucket, one_layer, pack_work, place_mix, share_out
-from jslora.gpu.correctness import SCALE, Bench, Part, Shelf, lay
+from jslora.gpu.correctness import SCALE, Bench, Shelf, lay
+from jslora.gpu.hard_cases import Part
 from jslora.gpu.session import Session
 from jslora.lora import apply_lora
 from jslora.model.config import GROUPS, MODULES

@@ -24,16 +24,18 @@ from jslora.gpu.cases import (
     share_out,
 )
 from jslora.model.config import MODULES, ModelConfig
+from pallas_kernels.lora.pieces import STORAGES
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(("model", "page"), [(LLAMA3_8B, 32768), (TINY_MODEL, 512)])
 @given(ranks=st.tuples(*[st.integers(0, 70)] * len(MODULES)).filter(any))
 def test_adapters_lie_where_the_engine_puts_them(
-    model: ModelConfig, page: int, ranks: tuple[int, ...]
+    model: ModelConfig, page: int, storage: str, ranks: tuple[int, ...]
 ) -> None:
     table = np.tile(np.array(ranks, np.int32), (model.layers, 1))
-    layout = lay_out(table, np.ones(table.shape, np.float32), model, page)
-    a, b, end = offsets(model, ranks, page)
+    layout = lay_out(table, np.ones(table.shape, np.float32), model, page, storage=storage)
+    a, b, end = offsets(model, ranks, page, storage)
     np.testing.assert_array_equal(layout.a_offset, [a] * model.layers)
     np.testing.assert_array_equal(layout.b_offset, [b] * model.layers)
     assert -(-end // page) == layout.n_pages

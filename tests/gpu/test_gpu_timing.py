@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jslora.gpu import correctness, gaps
+from jslora.gpu import gaps, hard_cases
 from jslora.gpu.cases import TINY
 from jslora.gpu.session import Session
 from jslora.gpu.timing import MAX_CALLS, Timing, _timing, measure
@@ -60,7 +60,7 @@ def test_points_that_no_longer_fit_are_named() -> None:
 
 def test_points_are_named_shortly() -> None:
     records: list[dict] = []
-    cases = correctness.lora_cases(TINY)[:1] + correctness.attention_cases(TINY)[:1]
+    cases = hard_cases.lora_cases(TINY)[:1] + hard_cases.attention_cases(TINY)[:1]
     todo = [*cases, (8, TINY.step_mixes[0]), 64]
     assert list(Session("x", records.append, seconds=-1).points(todo)) == []
     assert records[0]["points"] == [

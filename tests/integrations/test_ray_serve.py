@@ -175,6 +175,18 @@ def test_adapters_have_homes_and_are_loaded_once(server: Server) -> None:
     assert [*server.metric("lora_adapters_device").values()] == [ROOM, ROOM]
 
 
+def test_scaled_adapters_are_asked_for_where_they_are(server: Server) -> None:
+    before = sum(server.metric("lora_loads_total").values())
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(
+            pool.map(lambda n: server.ask("base", adapters=[{"name": n, "scale": 0.5}]), NAMES)
+        )
+    assert len({text_of(answer) for answer in answers}) > ADAPTERS // 2
+    assert {answer.json()["model"] for answer in answers} == {"base"}
+    time.sleep(1.5)
+    assert sum(server.metric("lora_loads_total").values()) - before <= 0.2 * ADAPTERS
+
+
 def test_errors_are_the_servers(server: Server) -> None:
     http = server.http
     cases = [
@@ -182,6 +194,9 @@ def test_errors_are_the_servers(server: Server) -> None:
         (401, http.get("/v1/models", headers={"Authorization": ""})),
         (403, http.delete("/v1/aliases/x", headers={"Authorization": "Bearer user-secret"})),
         (404, server.ask("nobody")),
+        (404, server.ask("base", adapters=[{"name": "nobody"}])),
+        (400, server.ask("base", adapters=[{"name": NAMES[0]}, {"name": NAMES[1]}])),
+        (400, server.ask("base", adapters=7)),
         (404, http.get("/nothing")),
         (405, http.put("/v1/completions", json={})),
         (400, server.ask("base", tokens=1000)),

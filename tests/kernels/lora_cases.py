@@ -5,17 +5,16 @@ must not be read into a result shows at once.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 
 import jax
 import jax.experimental.pallas  # its first import during a trace would make jit trace again
 import jax.numpy as jnp
 import numpy as np
 
-from jslora.adapters.layout import pack
+from jslora.adapters.layout import PackedAdapter, pack, unpack
 from jslora.adapters.peft import Adapter, Factors
 from jslora.batch import Bucket, Geometry, Placement, Segment
 from jslora.blocks import pack_blocks
@@ -27,7 +26,13 @@ from pallas_kernels.launch import Kernels
 from pallas_kernels.lora import triton
 from pallas_kernels.lora.api import Shape, Work, work_shape
 from pallas_kernels.lora.finish import Finish
-from pallas_kernels.lora.pieces import RANK_BLOCK, slack_pages
+from pallas_kernels.lora.pieces import (
+    RANK_BLOCK,
+    first_scale,
+    row_words,
+    scale_groups,
+    slack_pages,
+)
 from pallas_kernels.lora.reference import BlockShape, BlockWork
 from pallas_kernels.lora.segments import SegmentShape, SegmentWork
 from pallas_kernels.lora.tiles import INTERPRETED_PROGRAMS, expand_tiles, shrink_tiles
@@ -36,12 +41,14 @@ from pallas_kernels.paged_attention.cut import Cut
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, the pages that its adapters lie in on one device, and how both are split."""
+    """A model, the pages that its adapters lie in on one device, how both are split and stored."""
 
     config: ModelConfig
     page_shape: tuple[int, int, int, int]
     pages: int
     split: Split = ONE_DEVICE
+    storages: tuple[str, ...] = ("full",)
+    composed: int = 1
 
     @property
     def page(self) -> int:
@@ -64,6 +71,7 @@ class Setup:
             attention=Cut(query_tile=32, parts=0, span=0), rank_block=RANK_BLOCK,
             max_rank=MAX_RANK, row_lengths=self.rows,
             peers=tuple(self.split.peers(module) for module in MODULES),
+            storages=self.storages, max_composed=self.composed,
         )  # fmt: skip
 
 
@@ -77,12 +85,13 @@ def setup(
     pages: int,
     page_size: int = 16,
     split: Split = ONE_DEVICE,
+    storages: tuple[str, ...] = ("full",),
 ) -> Setup:
     config = ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=8, hidden=hidden, layers=layers, heads=heads,
         kv_heads=kv, head_dim=dim, feed_forward=wide, max_positions=64,
     )  # fmt: skip
-    return Setup(config, (page_size, 2, kv // split.devices, dim), pages, split)
+    return Setup(config, (page_size, 2, kv // split.devices, dim), pages, split, storages)
 
 
 MAX_RANK = 256
@@ -117,28 +126,46 @@ class Pool:
         self.taken: set[int] = {0}
         self.random = np.random.default_rng(0)
 
-    def place(self, ranks: Ranks, where: str = "bottom") -> tuple[Placement, Adapter]:
+    @property
+    def geometry(self) -> Geometry:
+        return replace(self.setup.geometry, word_bits=8 * self.dtype.itemsize)
+
+    def place(
+        self, ranks: Ranks, where: str = "bottom", storage: str = "full"
+    ) -> tuple[Placement, Adapter]:
         """Lay a normal adapter into pages at an end of the pool, or anywhere."""
+        return self.lay(self._draw(ranks), where, storage)
+
+    def lay(self, adapter: Adapter, where: str, storage: str = "full") -> tuple[Placement, Adapter]:
+        """Where an adapter lies, and the one that its numbers there make."""
         config, page, split = self.setup.config, self.setup.page, self.setup.split
-        adapter = self._draw(ranks)
-        packed = pack(adapter, config, page, self.dtype, split)
+        packed = pack(adapter, config, page, self.dtype, split, storage=storage)
         pages = self._choose(packed.n_pages, where)
-        blob = np.array(packed.blob).reshape(split.devices, config.layers, -1)
-        for layer, (column, module) in product(range(config.layers), enumerate(MODULES)):
-            rank, (wide_in, wide_out) = packed.rank[layer, column], self.setup.rows[column]
-            for offset, size in (
-                (packed.a_offset, rank * wide_in),
-                (packed.b_offset, rank * wide_out * split.peers(module)),
-            ):
-                place = offset[layer, column] + np.arange(size)
-                rows = layer * self.setup.pages + np.array(pages)[place // page]
-                self.parts[:, rows, place % page] = blob[:, layer, place]
         placement = Placement(
             f"{len(self.taken):05}", tuple(pages), packed.a_offset, packed.b_offset, packed.rank,
-            packed.scale,
+            packed.scale, storage,
         )  # fmt: skip
+        blob = np.array(packed.blob).reshape(split.devices, config.layers, -1)
+        for layer in range(config.layers):
+            for place in self._factors(packed, layer):
+                rows = layer * self.setup.pages + np.array(pages)[place // page]
+                self.parts[:, rows, place % page] = blob[:, layer, place]
         self.taken.update(pages)
+        if storage != "full":
+            adapter = replace(adapter, factors=unpack(packed, config, split))
         return placement, adapter
+
+    def _factors(self, packed: PackedAdapter, layer: int) -> Iterator[np.ndarray]:
+        """Where a layer's words are that hold something, counted from the adapter's start."""
+        storage, bits = packed.storage, 8 * self.dtype.itemsize
+        for column, module in enumerate(MODULES):
+            counts = np.array([1, self.setup.split.peers(module)]) * packed.rank[layer, column]
+            firsts = packed.a_offset[layer, column], packed.b_offset[layer, column]
+            for row, count, first in zip(self.setup.rows[column], counts, firsts, strict=True):
+                yield first + np.arange(count * row_words(row, storage, bits))
+                if storage != "full":
+                    scale = first_scale(first, count, row, storage, bits, self.setup.page)
+                    yield scale + np.arange(count * scale_groups(row, storage))
 
     def poison(self, placement: Placement, value: float, device: int = 0) -> None:
         for layer in range(self.setup.config.layers):
@@ -178,10 +205,11 @@ def pack_work(
     implementation: str, pool: Pool, parts: Sequence[Part], bucket: Bucket
 ) -> tuple[Work, Shape]:
     """The work list of these segments in the form that the implementation walks."""
-    peers, g = max(pool.setup.geometry.peers), pool.setup.geometry
+    g = pool.geometry
     shape = work_shape(
-        bucket.tokens, MAX_RANK, kernels(implementation), prefill=bucket.prefill, peers=peers
-    )
+        bucket.tokens, MAX_RANK, kernels(implementation), prefill=bucket.prefill,
+        peers=max(g.peers), storages=g.storages,
+    )  # fmt: skip
     cut = [Segment(placement, start, end) for placement, _, start, end in parts]
     if isinstance(shape, BlockShape):
         return BlockWork(*pack_blocks(cut, bucket, g, shape)), shape
@@ -246,7 +274,7 @@ def shrink_in_triton(
     launch(
         triton_kernels.shrink, (n,), np.array([layer * pool.setup.pages, layer], np.int32),
         work.pairs, work.total, work.table, work.page_list, pool.parts[device], x, low,
-        **triton.shrink_constants(x.shape[1], page, work, modules, shape, tiles, n),
+        **triton.shrink_constants(x.shape[1], page, pool.dtype, work, modules, shape, tiles, n),
     )  # fmt: skip
     return low
 
@@ -266,7 +294,7 @@ def expand_in_triton(
     widths = tuple(pool.setup.rows[column][1] for column in columns)
     tiles = expand_tiles(widths, page, shape, pool.dtype)
     constants = triton.expand_constants(
-        widths, y.shape[1], page, work, tuple(columns), shape, tiles, n
+        widths, y.shape[1], page, pool.dtype, work, tuple(columns), shape, tiles, n
     )
     where = [layer * pool.setup.pages, layer]
     where += [] if first is None else [first // tiles.columns]

@@ -68,7 +68,7 @@ class Cache(RuleBasedStateMachine):
         held = self.known()
         for key, page in zip(keys[:n], pages, strict=False):
             if page not in held:  # as a sequence that was given the page does not offer it
-                self.prefix.publish([key], [page], digest)
+                self.prefix.publish([key], [page], (digest,))
 
     def known(self) -> dict[int, bytes]:
         return {page: self.contents[page] for pages in self.prefix.held() for page in pages}
@@ -120,7 +120,7 @@ def run(prefix: PrefixCache, pages: PageAllocator, tokens: tuple[int, ...]) -> i
     known = prefix.take(keys)
     held = known + pages.take(len(keys) - len(known))
     for key, page in list(zip(keys, held, strict=True))[len(known) :]:
-        prefix.publish([key], [page], "")
+        prefix.publish([key], [page], ())
     prefix.release(held)
     return len(known)
 
@@ -155,7 +155,7 @@ def test_two_that_compute_the_same_keep_one_page() -> None:
     [key] = chain(("", "", ""), (1, 1))
     one, two = pages.take(1), pages.take(1)
     for page in (one, two):
-        prefix.publish([key], page[:1], "")
+        prefix.publish([key], page[:1], ())
     prefix.release(two)
     assert pages.free == 8 and prefix.idle == 0
     prefix.release(one)

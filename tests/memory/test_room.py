@@ -42,7 +42,7 @@ def cache(room: Room, page: int, now: float) -> None:
     """Let a free page hold something that may be asked for again."""
     room.residency.clock.advance(now)
     assert room.pages.take_at(page, 1) == [page]
-    room.prefix.publish(next_keys(b"", [page], 1), [page], "")
+    room.prefix.publish(next_keys(b"", [page], 1), [page], ())
     room.prefix.release([page])
 
 
@@ -247,7 +247,7 @@ def settle(room: Room, run: bool, number: int, pages: list[int] | None) -> None:
         load(room, number, pages)
     else:
         for page in pages:
-            room.prefix.publish(next_keys(b"", [number, page], 2), [page], "")
+            room.prefix.publish(next_keys(b"", [number, page], 2), [page], ())
         room.prefix.release(pages)
 
 

@@ -16,11 +16,13 @@ from test_weights import CONFIGS, V, on_one
 from tiny_gguf import random_weights
 
 from jslora.model import weights as module
+from jslora.model.quantize import quantized
 from jslora.model.weights import dummy_weights, load_weights
+from jslora.sharding import weight_spec
 
 DEVICES = 4
-COLUMNS = ("qkv", "qkv_bias", "gate_up")
-ROWS = ("o", "down", "embed", "head")
+ROWS = ("qkv", "qkv_bias", "gate_up", "embed", "head")
+COLUMNS = ("o", "down")
 FUSED = {
     "qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -74,7 +76,7 @@ def main() -> None:
     def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
         leaf = name.split(".")[-1]
         if leaf in COLUMNS:
-            return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "model"))
+            return NamedSharding(mesh, PartitionSpec(None, "model"))
         return NamedSharding(mesh, PartitionSpec("model") if leaf in ROWS else PartitionSpec())
 
     plain = load_weights(folder, config, jnp.float32, on_one, shards=DEVICES)
@@ -95,13 +97,32 @@ def main() -> None:
     for leaf, sources in FUSED.items():
         for shard in sharded[f"layers.1.{leaf}"].addressable_shards:
             parts = [np.split(tensors[f"model.layers.1.{s}"], DEVICES) for s in sources]
-            own = np.concatenate([part[shard.device.id] for part in parts]).T
+            own = np.concatenate([part[shard.device.id] for part in parts])
             np.testing.assert_array_equal(shard.data, own, err_msg=leaf)
 
     one, four = (dummy_weights(config, jnp.float32, where) for where in (on_one, sharding))
     for name, weight in one.items():
         np.testing.assert_allclose(four[name], weight, rtol=1e-6, err_msg=name)
+    check_quantised(mesh)
     print("every part read once by its own device")
+
+
+def check_quantised(mesh: Mesh) -> None:
+    """A device's part is what a single one would make of it, bit for bit."""
+    weight = np.random.default_rng(0).normal(size=(128, 24 * DEVICES)).astype(np.float32)
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, weight_spec(name))
+
+    for name in ("layers.0.qkv", "layers.0.down"):
+        given = jax.device_put(weight, place(name, weight.shape))
+        made = dict(quantized([(name, given)], "int8", place))
+        assert {part: x.sharding for part, x in made.items()} == {n: place(n, ()) for n in made}
+        shards = [x.addressable_shards for x in (given, *made.values())]
+        for whole, *parts in zip(*shards, strict=True):
+            alone = quantized([(name, jnp.asarray(np.asarray(whole.data)))], "int8", on_one)
+            for part, (_, right) in zip(parts, alone, strict=True):
+                np.testing.assert_array_equal(part.data, right, err_msg=name)
 
 
 if __name__ == "__main__":

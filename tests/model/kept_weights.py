@@ -1,5 +1,7 @@
 """Run as `kept_weights.py ADDRESS PROCESSES PROCESS FOLDER`: keep weights over four devices.
 
+Linear layers are quantised, so that there are leaves of three types.
+
 Every process has its share of the devices, and looks at its own part only.
 """
 
@@ -17,18 +19,18 @@ from goldens.cases import ROOT
 
 from jslora.fetch import load_config
 from jslora.model.checkpoint import Checkpoint, file_facts
-from jslora.model.weights import load_weights, shapes
+from jslora.model.weights import load_weights
 from jslora.programs import Catalog, Sizes
 from jslora.sharding import lies, make_mesh
 from jslora.split import Split
 from pallas_kernels.launch import Kernels
 
 DEVICES = 4
+DTYPE = jnp.dtype("bfloat16")
 SIZES = Sizes(
     pages=8, page_size=8, max_running=8, max_step_tokens=8, max_model_len=64, max_rank=8,
-    dtype=jnp.dtype("float32"),
+    dtype=DTYPE, quantize="int8",
 )  # fmt: skip
-DTYPE = jnp.bfloat16
 
 
 def main() -> None:
@@ -40,11 +42,13 @@ def main() -> None:
     shutil.copytree(ROOT / "llama" / "model", source)
     model, mesh = load_config(source), make_mesh(DEVICES)
     kernels = Kernels("reference", "reference", "cpu")
-    specs = Catalog(model, SIZES, kernels, Split(DEVICES)).weight_specs
-    leaves = {name: jax.ShapeDtypeStruct(shape, DTYPE) for name, shape in shapes(model).items()}
+    catalog = Catalog(model, SIZES, kernels, Split(DEVICES))
+    leaves, specs = catalog.leaves, catalog.weight_specs
 
     def read() -> dict[str, jax.Array]:
-        return load_weights(source, model, DTYPE, lambda name, _: lies(mesh, specs[name]), DEVICES)
+        return load_weights(
+            source, model, DTYPE, lambda name, _: lies(mesh, specs[name]), DEVICES, quantize="int8"
+        )
 
     def make() -> Checkpoint:
         return Checkpoint(folder / "kept", [file_facts(source)], mesh, leaves, specs)

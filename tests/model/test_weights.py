@@ -1,4 +1,4 @@
-"""Weights bind strictly, land transposed and fused, and each device reads only its own part."""
+"""Weights bind strictly, land fused, and each device reads only its own part."""
 
 import json
 import math
@@ -61,20 +61,20 @@ def test_shapes_follow_the_letters() -> None:
     layer = {k.removeprefix("layers.1."): s for k, s in found.items() if k.startswith("layers.1.")}
     assert layer == {
         "attn_norm": (64,),
-        "qkv": (64, (4 + 2 * 2) * 32),
+        "qkv": ((4 + 2 * 2) * 32, 64),
         "q_norm": (32,),
         "k_norm": (32,),
-        "o": (4 * 32, 64),
+        "o": (64, 4 * 32),
         "mlp_norm": (64,),
-        "gate_up": (64, 2 * 96),
-        "down": (96, 64),
+        "gate_up": (2 * 96, 64),
+        "down": (64, 96),
     }
     assert "head" not in shapes(CONFIGS["qwen2"])
     assert shapes(CONFIGS["qwen2"])["layers.0.qkv_bias"] == (256,)
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_leaves_are_the_files_transposed_and_fused(arch: str, tmp_path: Path) -> None:
+def test_leaves_are_the_files_fused(arch: str, tmp_path: Path) -> None:
     config, tensors = CONFIGS[arch], save(tmp_path, arch)
     seen = []
     weights = load_weights(
@@ -84,18 +84,18 @@ def test_leaves_are_the_files_transposed_and_fused(arch: str, tmp_path: Path) ->
     assert seen[-1][1] == seen[-1][2] == 4 * config.parameters
 
     attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
-    qkv = [tensors[f"{attention}.{x}_proj.weight"].T for x in "qkv"]
+    qkv = [tensors[f"{attention}.{x}_proj.weight"] for x in "qkv"]
     expected = {
         "embed": tensors["model.embed_tokens.weight"],
         "norm": tensors["model.norm.weight"],
         "layers.1.attn_norm": tensors["model.layers.1.input_layernorm.weight"],
         "layers.1.mlp_norm": tensors["model.layers.1.post_attention_layernorm.weight"],
-        "layers.1.qkv": np.concatenate(qkv, axis=1),
-        "layers.1.o": tensors[f"{attention}.o_proj.weight"].T,
+        "layers.1.qkv": np.concatenate(qkv),
+        "layers.1.o": tensors[f"{attention}.o_proj.weight"],
         "layers.1.gate_up": np.concatenate(
-            [tensors[f"{mlp}.{x}_proj.weight"].T for x in ("gate", "up")], axis=1
+            [tensors[f"{mlp}.{x}_proj.weight"] for x in ("gate", "up")]
         ),
-        "layers.1.down": tensors[f"{mlp}.down_proj.weight"].T,
+        "layers.1.down": tensors[f"{mlp}.down_proj.weight"],
     }
     if config.qkv_bias:
         biases = [tensors[f"{attention}.{x}_proj.bias"] for x in "qkv"]
@@ -108,12 +108,12 @@ def test_leaves_are_the_files_transposed_and_fused(arch: str, tmp_path: Path) ->
         np.testing.assert_array_equal(weights[name], value, err_msg=name)
 
 
-def test_fused_columns_are_ordered_by_shard(tmp_path: Path) -> None:
+def test_fused_rows_are_ordered_by_shard(tmp_path: Path) -> None:
     tensors = save(tmp_path)
     fused = load_weights(tmp_path, LLAMA, jnp.float32, on_one, shards=2)["layers.0.qkv"]
     q, k, v = (tensors[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv")
     halves = [(q[:64], k[:32], v[:32]), (q[64:], k[32:], v[32:])]
-    expected = np.concatenate([part for half in halves for part in half]).T
+    expected = np.concatenate([part for half in halves for part in half])
     np.testing.assert_array_equal(fused, expected)
 
 
@@ -124,7 +124,7 @@ def test_any_float_file_loads_as_either_dtype(kind: type, dtype: type, tmp_path:
     save_file(tensors, tmp_path / "model.safetensors")
     weights = load_weights(tmp_path, LLAMA, dtype, on_one)
     assert {w.dtype for w in weights.values()} == {jnp.dtype(dtype)}
-    expected = tensors["model.layers.0.mlp.down_proj.weight"].T.astype(dtype)
+    expected = tensors["model.layers.0.mlp.down_proj.weight"].astype(dtype)
     np.testing.assert_array_equal(weights["layers.0.down"], expected)
 
 

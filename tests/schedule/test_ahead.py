@@ -64,7 +64,7 @@ def test_if_there_is_room_for_one_the_first_of_the_order_has_it(
     engine = engine_with(policy, (11, 11, 10), 21, transfers=1, fraction=0.48)
     wait_all(engine)
     first: list[int] = []
-    engine.starting = lambda sequence: first.append(int(sequence.digest))
+    engine.starting = lambda sequence: first.append(int(sequence.digests[0]))
     engine.scheduler.fetch()
     assert on_device(engine) == order[:1]
     engine.run()
@@ -132,7 +132,7 @@ def test_what_came_for_somebody_stays_until_it_was_used() -> None:
         engine.turn()
         kept = engine.scheduler._ahead.kept()
         fresh = engine.residency.fresh
-        assert fresh <= kept | {s.digest for s in engine.scheduler.running}
+        assert fresh <= kept | {digest for s in engine.scheduler.running for digest in s.digests}
         loads = engine.residency.loads
     assert loads <= 16 and set(engine.ends.values()) == {"stop"}
     engine.check_nothing_left()

@@ -94,7 +94,7 @@ def sized(adapter: int, pages: int, order: int = 0) -> Sequence:
     """A sequence whose adapter has so many pages."""
     sequence = make_sequence(order, adapter_number=adapter)
     if pages:
-        sequence.registration = Pages(pages)  # type: ignore[assignment]
+        sequence.registrations = (Pages(pages),)  # type: ignore[assignment]
     return sequence
 
 
@@ -185,7 +185,7 @@ def batches(section: SchedulerSection) -> list[set[int | None]]:
     found = []
     while not engine.idle:
         engine.turn()
-        found.append({s.registration.n_pages * int(s.digest) for s in engine.scheduler.running})
+        found.append({s.adapter_pages * int(s.digests[0]) for s in engine.scheduler.running})
     engine.check_nothing_left()
     return found
 

@@ -101,7 +101,7 @@ class Witness:
         self._seen, self._chosen = self._scores(), False
         residents = scheduler.room.residency.residents
         front = scheduler.policies.front(PREFETCH, self._engine.now)
-        self._to_come = {s for s in front if s.digest not in residents}
+        self._to_come = {s for s in front if not residents.keys() >= {*s.digests}}
 
     def _scores(self) -> dict[str, dict[Sequence, float]]:
         waiting, now = self._engine.scheduler.waiting, self._engine.now
@@ -137,9 +137,10 @@ class Witness:
 
     def _excused(self, other: Sequence) -> bool:
         """Whether it cannot start yet, and that for no fault of who is before it."""
-        scheduler, digest = self._engine.scheduler, other.digest
+        scheduler = self._engine.scheduler
         if scheduler._here(other):
             return False
+        (digest,) = other.digests
         coming = digest in scheduler.room.residency.residents or self._engine.store.delays[digest]
         return bool(coming) or other not in self._to_come or not scheduler._growth.moves
 

@@ -1,6 +1,7 @@
 """Rates and quotas over any trace, against what the limits say of the whole of it."""
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ Trace = list[tuple[float, str, int]]
 
 GAPS = st.floats(0, 90, allow_nan=False)
 TRACE = st.lists(st.tuples(GAPS, st.sampled_from("ab"), st.integers(1, 400)), max_size=60)
+NAMES = st.sampled_from([("x",), ("y",), ("x", "y"), ()])
 PER_MINUTE = st.sampled_from([0.5, 1, 3, 7.3, 60])
 
 
@@ -34,7 +36,7 @@ def test_requests_of_any_window_are_a_bucket_and_what_flows_in(
     times: dict[str, list[float]] = {"a": [], "b": []}
     for gap, tenant, tokens in trace:
         now += gap
-        if admitted(rates, tenant, None, tokens, now):
+        if admitted(rates, tenant, (), tokens, now):
             times[tenant].append(now)
     for taken in times.values():
         for i, first in enumerate(taken):
@@ -63,7 +65,7 @@ def test_prompt_tokens_of_any_window_are_a_bucket_and_what_flows_in(
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from(["admit", "admit", "generated", "ended"]), st.sampled_from("ab"),
-        st.sampled_from(["x", "y", None]), st.integers(1, 300), GAPS,
+        NAMES, st.integers(1, 300), GAPS,
     ),
     max_size=60,
 )  # fmt: skip
@@ -74,9 +76,9 @@ TENANTS = {
 ADAPTERS = {"x": Quota(tokens_per_minute=500, requests_per_minute=2), "*": Quota(max_outstanding=2)}
 
 
-def replay(operations: list[Any]) -> tuple[Rates, float, Counter[tuple[str, str | None]]]:
+def replay(operations: list[Any]) -> tuple[Rates, float, Counter[tuple[str, tuple[str, ...]]]]:
     """Rates that went through a history, without what it refused; when it ended; who is left."""
-    rates, now, left = Rates(TENANTS, ADAPTERS), 0.0, Counter[tuple[str, str | None]]()
+    rates, now, left = Rates(TENANTS, ADAPTERS), 0.0, Counter[tuple[str, tuple[str, ...]]]()
     for what, tenant, adapter, tokens, gap in operations:
         now += gap
         if what == "admit":
@@ -89,9 +91,9 @@ def replay(operations: list[Any]) -> tuple[Rates, float, Counter[tuple[str, str 
     return rates, now, left
 
 
-@given(operations=OPERATIONS, tokens=st.integers(1, 700), adapter=st.sampled_from(["x", "y", None]))
+@given(operations=OPERATIONS, tokens=st.integers(1, 700), adapter=NAMES)
 def test_who_comes_back_when_told_is_admitted(
-    operations: list[Any], tokens: int, adapter: str | None
+    operations: list[Any], tokens: int, adapter: tuple[str, ...]
 ) -> None:
     rates, now, left = replay(operations)
     for (tenant, name), n in left.items():
@@ -113,13 +115,13 @@ def test_who_comes_back_when_told_is_admitted(
 def test_a_refusal_takes_nothing(operations: list[Any], prompts: list[int]) -> None:
     """Refused requests beside a history leave the same answers as the history alone."""
     (rates, now, _), (untouched, _, _) = replay(operations), replay(operations)
-    for adapter in ("x", "y"):
+    for adapter in [("x",), ("y",)]:
         while admitted(untouched, "a", adapter, 1, now):
             rates.admit("a", adapter, 1, now)
         for tokens in prompts:
             assert not admitted(rates, "a", adapter, tokens, now)
     for later in (now, now + 20, now + 3600):
-        for who in [("a", "x"), ("a", "y"), ("a", None), ("b", "x"), ("b", "y"), ("b", None)]:
+        for who in product("ab", [("x",), ("y",), ("x", "y"), ()]):
             same = [admitted(r, *who, 90, later) for r in (rates, untouched)]
             assert same[0] == same[1], (who, later)
 
@@ -129,66 +131,66 @@ def test_outstanding_is_exact(ends: list[bool]) -> None:
     rates, n = Rates({"*": Tenant(max_outstanding=3)}, {}), 0
     for end in ends:
         if not end:
-            assert admitted(rates, "a", None, 5, 0.0) == (n < 3)
+            assert admitted(rates, "a", (), 5, 0.0) == (n < 3)
             n = min(n + 1, 3)
         elif n:
-            rates.ended("a", None)
+            rates.ended("a", ())
             n -= 1
-    assert admitted(rates, "b", None, 5, 0.0), "another name is counted by itself"
+    assert admitted(rates, "b", (), 5, 0.0), "another name is counted by itself"
 
 
 def test_answers_are_charged_and_a_debt_is_waited_out() -> None:
     rates = Rates({"a": Tenant(tokens_per_minute=60)}, {})
-    rates.admit("a", None, 10, 0.0)
-    rates.generated("a", None, 80, 0.0)  # 30 in debt
+    rates.admit("a", (), 10, 0.0)
+    rates.generated("a", (), 80, 0.0)  # 30 in debt
     with pytest.raises(RateLimited) as refusal:
-        rates.admit("a", None, 20, 10.0)
+        rates.admit("a", (), 20, 10.0)
     assert refusal.value.retry_after == pytest.approx(40)
     assert "'a' has -20 tokens left for a prompt of 20" in refusal.value.message
     assert "tokens_per_minute is 60" in refusal.value.message
-    rates.admit("a", None, 20, 50.0)
+    rates.admit("a", (), 20, 50.0)
 
 
 def test_a_prompt_above_the_bucket_waits_until_it_is_full() -> None:
     rates = Rates({"a": Tenant(tokens_per_minute=60)}, {})
-    rates.admit("a", None, 10, 0.0)
-    assert not admitted(rates, "a", None, 600, 9.0)
-    rates.admit("a", None, 600, 10.0)
-    assert not admitted(rates, "a", None, 1, 549.0)
-    rates.admit("a", None, 1, 551.0)
+    rates.admit("a", (), 10, 0.0)
+    assert not admitted(rates, "a", (), 600, 9.0)
+    rates.admit("a", (), 600, 10.0)
+    assert not admitted(rates, "a", (), 1, 549.0)
+    rates.admit("a", (), 1, 551.0)
 
 
 def test_which_limit_is_told() -> None:
     rates = Rates({"*": Tenant(max_outstanding=1)}, {"x": Quota(requests_per_minute=0.01)})
-    rates.admit("a", "x", 1, 0.0)
+    rates.admit("a", ("x",), 1, 0.0)
     with pytest.raises(RateLimited, match=r"requests_per_minute is 0\.01") as by_adapter:
-        rates.admit("b", "x", 1, 0.0)
+        rates.admit("b", ("x",), 1, 0.0)
     assert by_adapter.value.param == "model" and by_adapter.value.retry_after == LONGEST_RETRY
     with pytest.raises(RateLimited, match=r"1 requests.*max_outstanding is 1") as by_tenant:
-        rates.admit("a", None, 1, 0.0)
+        rates.admit("a", (), 1, 0.0)
     assert by_tenant.value.param is None
 
 
 def test_a_listed_name_is_not_under_the_star() -> None:
     rates = Rates({"free": Tenant(), "*": Tenant(max_outstanding=1)}, {})
     for _ in range(3):
-        rates.admit("free", None, 1, 0.0)
-    rates.generated("free", None, 5, 0.0)
-    rates.ended("free", None)
+        rates.admit("free", (), 1, 0.0)
+    rates.generated("free", (), 5, 0.0)
+    rates.ended("free", ())
 
 
 def test_idle_names_are_forgotten_and_no_others() -> None:
     rates = Rates({"*": Tenant(requests_per_minute=2)}, {})
     for _ in range(2):
-        rates.admit("debtor", None, 1, 59_999.0)
-        rates.ended("debtor", None)
-    rates.admit("busy", None, 1, 0.0)
+        rates.admit("debtor", (), 1, 59_999.0)
+        rates.ended("debtor", ())
+    rates.admit("busy", (), 1, 0.0)
     for n in range(1000):
-        rates.admit(f"name {n}", None, 1, n * 60.0)
-        rates.ended(f"name {n}", None)
+        rates.admit(f"name {n}", (), 1, n * 60.0)
+        rates.ended(f"name {n}", ())
     assert len(rates._tenants._groups) < 200
     for n in range(200):
-        rates.admit(f"other {n}", None, 1, 60_000.0)
-        rates.ended(f"other {n}", None)
-    assert not admitted(rates, "debtor", None, 1, 60_000.0)
-    rates.ended("busy", None)
+        rates.admit(f"other {n}", (), 1, 60_000.0)
+        rates.ended(f"other {n}", ())
+    assert not admitted(rates, "debtor", (), 1, 60_000.0)
+    rates.ended("busy", ())

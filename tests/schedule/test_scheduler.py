@@ -19,17 +19,19 @@ from jslora.memory.prefix import PrefixCache
 from jslora.memory.residency import Residency, Resident
 from jslora.memory.room import Room
 from jslora.memory.worth import Clock
-from jslora.request import Request, SamplingParams, TokenEvent
+from jslora.request import Request, SamplingParams, Scaled, TokenEvent
 from jslora.schedule import watch
 from jslora.schedule.plan import Limits, Plan, Results
 from jslora.schedule.scheduler import Scheduler
+from jslora.schedule.sequence import weights_key
 from jslora.schedule.settings import SchedulerSection
 
 VOCAB = 40
 LIMITS = Limits(
     max_running=4, max_step_tokens=8, max_queued=100, max_queued_tokens=10000, max_model_len=64,
-    page_size=4, vocab_size=VOCAB, eos_token_ids=(7,),
+    page_size=4, vocab_size=VOCAB, eos_token_ids=(7,), max_rank=4, max_composed=3,
 )  # fmt: skip
+Scale = tuple[Version, float]
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
 
@@ -39,7 +41,7 @@ class Watched(Residency):
     scheduler: Scheduler
 
     def evict(self, resident: Resident) -> None:
-        wanted = resident.version.digest in {s.digest for s in self.scheduler.waiting}
+        wanted = any(resident.version.digest in s.digests for s in self.scheduler.waiting)
         alone = len(self.scheduler.running) <= 1
         assert alone or not (resident.version.digest in self.fresh and wanted), "it came in vain"
         super().evict(resident)
@@ -80,13 +82,16 @@ class Engine:
         self.inflight: tuple[Plan, Results] | None = None
         self._transfers, self._lookahead = cycle(transfers), lookahead
 
-    def add(self, request: Request, version: Version | None = None, *, read: bool = True) -> None:
-        """Submit a request; `read` says whether its adapter's contents are known already."""
-        registration = make_registration(version, read=read) if version else None
-        if registration and not read:
-            self.store.unread[registration] = version
-        self.scheduler.add(request, registration)
-        if registration:
+    def add(self, request: Request, *adapters: Version | Scale, read: bool = True) -> None:
+        """Submit a request; `read` says whether its adapters' contents are known already."""
+        scaled = [one if isinstance(one, tuple) else (one, 1.0) for one in adapters]
+        bound = [make_registration(version, read=read) for version, _ in scaled]
+        if not read:
+            self.store.unread.update(zip(bound, (version for version, _ in scaled), strict=True))
+        names = zip(bound, (scale for _, scale in scaled), strict=True)
+        request = replace(request, adapters=tuple(Scaled(r.name, scale) for r, scale in names))
+        self.scheduler.add(request, tuple(bound))
+        for registration in bound:
             registration.uses += 1
         self.requests[request.id] = request
         self.answers[request.id] = Answer()
@@ -164,11 +169,11 @@ def make_request(name: str, length: int, params: SamplingParams = GREEDY) -> Req
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the turn it comes at, its adapter, and the turns until its client leaves."""
+    """A request, the turn it comes at, its adapters, and the turns until its client leaves."""
 
     request: Request
     turn: int
-    adapter: int | None
+    adapters: tuple[tuple[int, float], ...]
     patience: int | None
     read: bool
 
@@ -187,6 +192,9 @@ class Trace:
     chunk: int
     lookahead: bool
     prefix_cache: bool
+
+
+SCALES = st.sampled_from([1.0, 1.0, 0.5, 0.0])
 
 
 @st.composite
@@ -221,17 +229,18 @@ def traces(draw: Callable) -> Trace:
     )
     soon = draw(st.booleans())
     shared = draw(st.lists(st.integers(0, VOCAB - 1), min_size=18, max_size=18))
+    numbers = st.sampled_from(range(len(adapters))) if adapters else st.nothing()
     arrivals = []
     for number in range(draw(st.integers(1, 10))):
         own = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12))
         prompt = (*shared[: draw(st.integers(0, 18))], *own)
         owner = {"tenant": draw(st.sampled_from("ab")), "cache_salt": draw(st.sampled_from("cd"))}
         request = Request(id=str(number), prompt=prompt, params=draw(params()), **owner)
-        adapter = draw(st.sampled_from([None, *range(len(adapters))]))
+        chosen = draw(st.lists(numbers, unique=True, max_size=min(3, len(adapters))))
+        scaled = tuple((n, draw(SCALES)) for n in sorted(chosen))
         patience = draw(st.one_of(st.none(), st.none(), st.integers(0, 40)))
         turn = draw(st.integers(0, 3 if soon else 30))
-        arrivals.append(Arrival(request, turn, adapter, patience, draw(st.booleans())))
-    numbers = st.sampled_from(range(len(adapters))) if adapters else st.nothing()
+        arrivals.append(Arrival(request, turn, scaled, patience, draw(st.booleans())))
     some = st.frozensets(numbers)
     needed = [pages_for(limits, adapters, arrival) for arrival in arrivals]
     return Trace(
@@ -253,7 +262,7 @@ def traces(draw: Callable) -> Trace:
 def pages_for(limits: Limits, adapters: tuple[int, ...], arrival: Arrival) -> int:
     """Pages of the pool that are enough for a request alone, the null page included."""
     total = len(arrival.request.prompt) + arrival.request.params.max_tokens
-    own = 0 if arrival.adapter is None else adapters[arrival.adapter]
+    own = sum(adapters[number] for number, _ in arrival.adapters)
     return 1 + -(-total // limits.page_size) + own
 
 
@@ -278,12 +287,12 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
         for arrival in trace.arrivals:
             name = arrival.request.id
             if arrival.turn == turns:
-                version = None if arrival.adapter is None else versions[arrival.adapter]
+                adapters = [(versions[number], scale) for number, scale in arrival.adapters]
                 if pages_for(trace.limits, trace.adapters, arrival) > trace.pages:
                     with pytest.raises(InvalidRequest):
-                        engine.add(arrival.request, version)
+                        engine.add(arrival.request, *adapters)
                 else:
-                    engine.add(arrival.request, version, read=arrival.read)
+                    engine.add(arrival.request, *adapters, read=arrival.read)
                     if arrival.patience is not None:
                         leaving[name] = turns + arrival.patience
             if leaving.get(name) == turns and engine.answers[name].end is None:
@@ -293,6 +302,7 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
         turns += 1
         assert turns <= last + 200 + 20 * tokens, "no end in sight"
     event(f"preempted: {engine.scheduler.preemptions > 0}")
+    event(f"composed: {any(len(arrival.adapters) > 1 for arrival in trace.arrivals)}")
     event(f"evicted: {engine.residency.evictions > 0}")
     event(f"found in the prefix cache: {engine.scheduler.hit_tokens > 0}")
     event(f"forgotten by the prefix cache: {engine.prefix.evictions > 0}")
@@ -302,11 +312,12 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
         if name not in engine.answers:
             continue
         answer = engine.answers[name]
-        digest = "" if arrival.adapter is None else versions[arrival.adapter].digest
-        expected = continue_request(arrival.request, digest, trace.limits)
+        digests = [versions[number].digest for number, _ in arrival.adapters]
+        weights = weights_key(digests, [scale for _, scale in arrival.adapters])
+        expected = continue_request(arrival.request, weights, trace.limits)
         if answer.end == "adapter_rejected":
             rejected += 1
-            assert arrival.adapter in trace.refused
+            assert any(number in trace.refused for number, _ in arrival.adapters)
             assert answer.tokens == []
         elif name in left:
             assert answer.end is None
@@ -332,12 +343,12 @@ def test_any_trace_is_served_whole_and_leaves_nothing_behind(trace: Trace) -> No
 
 
 def refuse(
-    engine: Engine, request: Request, message: str, version: Version | None = None
+    engine: Engine, request: Request, message: str, *adapters: Version | Scale
 ) -> InvalidRequest:
     """A request is refused, and nothing of it stays behind."""
     waiting = len(engine.scheduler.waiting)
     with pytest.raises(InvalidRequest, match=message) as error:
-        engine.add(request, version)
+        engine.add(request, *adapters)
     assert len(engine.scheduler.waiting) == waiting
     return error.value
 
@@ -360,12 +371,66 @@ def test_more_pages_than_the_pool_has_beside_the_adapter_are_refused_with_both_n
     refuse(engine, make_request("a", 33, params), "41 tokens need 11 pages .*; the pool has 10")
     refuse(
         engine, make_request("a", 17, params),
-        "25 tokens need 7 pages beside the adapter's 4; the pool has 10", make_version(1, 4),
+        "25 tokens need 7 pages beside the adapters' 4; the pool has 10", make_version(1, 4),
     )  # fmt: skip
     engine.add(make_request("a", 16, params), make_version(1, 4))
     engine.add(make_request("b", 32, params))
     engine.run()
     assert [len(answer.tokens) for answer in engine.answers.values()] == [8, 8]
+
+
+# Several adapters --------------------------------------------------------------------------------
+
+
+def test_adapters_that_do_not_fit_together_are_refused_with_all_numbers() -> None:
+    engine = Engine()
+    four = [make_version(number, 1) for number in range(4)]
+    refuse(engine, make_request("a", 3), "4 adapters in one request; at most 3", *four)
+    refuse(
+        engine, make_request("a", 3), r"scale .* is 2\.5, not a number from 0 to 2", (four[0], 2.5)
+    )
+    refuse(engine, make_request("a", 3), "named twice", four[0], four[0])
+    low = Engine(replace(LIMITS, max_rank=2))
+    error = refuse(low, make_request("a", 3), r"ranks 1 \+ 1 \+ 1 make 3; .* may have 2", *four[:3])
+    assert error.param == "adapters"
+    params = replace(GREEDY, max_tokens=1)
+    small = Engine(pages=9)
+    message = "4 tokens need 1 pages beside the adapters' 8; the pool has 8"
+    refuse(small, make_request("a", 3, params), message, make_version(1, 4), make_version(2, 4))
+
+
+def test_a_request_gets_all_its_adapters_though_each_has_to_push_others_out() -> None:
+    """The pool holds the two of one request, and nothing else beside its tokens."""
+    engine = Engine(pages=10)
+    params = replace(GREEDY, max_tokens=2, ignore_eos=True)
+    versions = [make_version(number, 4) for number in range(4)]
+    engine.residency.pinned = {version.digest for version in versions}
+    for number, pair in enumerate([(0, 1), (2, 3), (1, 2), (0, 3)]):
+        engine.add(make_request(str(number), 2, params), *(versions[n] for n in pair))
+    engine.run()
+    assert [len(answer.tokens) for answer in engine.answers.values()] == [2] * 4
+    assert engine.residency.evictions > 0
+
+
+def test_adapters_that_host_memory_cannot_hold_at_once_come_one_after_the_other() -> None:
+    engine = Engine()
+    engine.store.fits_host = lambda pages: pages <= 4  # type: ignore[method-assign]
+    engine.add(make_request("a", 3), make_version(1, 3), make_version(2, 3), read=False)
+    engine.run()
+    assert engine.answers["a"].tokens
+
+
+def test_scales_of_one_adapter_share_its_pages_and_no_keys() -> None:
+    engine, version = Engine(), make_version(1, 4)
+    params = replace(GREEDY, max_tokens=1)
+    for name, scale in (("a", 1.0), ("b", 0.5), ("c", 0.5)):
+        engine.add(replace(make_request("a", 9, params), id=name), (version, scale))
+        engine.run()
+    assert engine.residency.loads == 1
+    assert engine.scheduler.hit_tokens == 8, "of the third request, from the second"
+
+
+# What else is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

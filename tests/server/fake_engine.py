@@ -42,6 +42,7 @@ from jslora.request import (
     EngineInfo,
     ErrorInfo,
     Request,
+    Scaled,
     Stats,
     TenantStats,
     TokenEvent,
@@ -52,8 +53,14 @@ EOS = 257
 VOCABULARY = 300
 
 
+def spelled(adapters: tuple[Scaled, ...]) -> str | None:
+    """What is served, as one name: "chat*0.5+sql" for instance; None for the base."""
+    parts = (name if scale == 1 else f"{name}*{scale:g}" for name, scale in adapters)
+    return "+".join(parts) or None
+
+
 def letter(adapter: str | None, prompt: tuple[int, ...], position: int) -> int:
-    """The token at `position`: a lower-case ASCII letter."""
+    """The token at `position`: a lower-case ASCII letter. See `spelled`."""
     digest = hashlib.sha256(f"{adapter}|{prompt}|{position}".encode()).digest()
     return ord("a") + digest[0] % 26
 
@@ -72,6 +79,10 @@ class Row:
     cached: int = 0
     made: int = 0
     due: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [adapter.name for adapter in self.request.adapters]
 
 
 @dataclass
@@ -176,12 +187,12 @@ class Engine:
 
     def _asked_for(self, condition: Callable[[Row], bool]) -> tuple[str, ...]:
         """Adapters of the rows that meet a condition."""
-        names = {row.request.adapter for row in self.rows.values() if condition(row)}
-        return tuple(sorted(name for name in names if name))
+        rows = (row for row in self.rows.values() if condition(row))
+        return tuple(sorted({name for row in rows for name in row.names}))
 
     def _idle(self) -> tuple[str, ...]:
         """Adapters that were used and are no more, the last first."""
-        busy = {row.request.adapter for row in self.rows.values()}
+        busy = {name for row in self.rows.values() for name in row.names}
         return tuple(n for n in reversed(self.used) if n in self.adapters and n not in busy)
 
     def _waits(self) -> dict[str, Any]:
@@ -197,7 +208,7 @@ class Engine:
             )  # fmt: skip
         for row in self.rows.values():
             if not row.made:
-                name = row.request.adapter or ""
+                name = row.request.label
                 adapters[name] = max(adapters.get(name, 0.0), now - row.born)
         oldest = sorted(adapters.items(), key=lambda item: -item[1])
         return {
@@ -240,7 +251,7 @@ class Engine:
             error = ErrorInfo(type="not_found_error", message="no such one")
             self.send(wire.Reply(seq, None, error))
             return
-        ids = {id for id, row in self.rows.items() if row.request.adapter == name}
+        ids = {id for id, row in self.rows.items() if name in row.names}
         self.draining.append(Drain(seq, info, time.monotonic() + drain_seconds, ids))
 
     def _finish_drains(self) -> None:
@@ -260,7 +271,7 @@ class Engine:
     def _reports(self, name: str | None) -> list[AdapterInfo]:
         draining = [replace(drain.info, state="draining") for drain in self.draining]
         found = [*self.adapters.values(), *draining]
-        users = Counter(row.request.adapter for row in self.rows.values())
+        users = Counter(name for row in self.rows.values() for name in row.names)
         return [
             replace(info, in_flight=users[info.name])
             for info in found
@@ -270,8 +281,9 @@ class Engine:
     def _submit(self, request: Request) -> None:
         words = bytes(token for token in request.prompt if token < 256)
         error = None
-        if request.adapter is not None and request.adapter not in self.adapters:
-            error = ErrorInfo(type="not_found_error", message=f"no adapter {request.adapter!r}")
+        missing = [name for name, _ in request.adapters if name not in self.adapters]
+        if missing:
+            error = ErrorInfo(type="not_found_error", message=f"no adapter {missing[0]!r}")
         elif b"refuse" in words:
             error = ErrorInfo(type="overloaded_error", message="the engine is full")
         elif request.prompt not in self.refused and b"quota" in words:
@@ -287,7 +299,7 @@ class Engine:
         self.prompted += len(request.prompt)
         now = time.monotonic()
         wait = 1.5 if b"sleep" in words else 0.0
-        key = (request.adapter, request.tenant, request.cache_salt, request.prompt)
+        key = (request.adapters, request.tenant, request.cache_salt, request.prompt)
         cached = len(request.prompt) - 1 if key in self.seen else 0
         self.seen.add(key)
         self.asked += len(request.prompt)
@@ -306,9 +318,9 @@ class Engine:
         if events:
             self.send(wire.Events(events))
         for event in events:
-            if event.last and (adapter := self.rows.pop(event.id).request.adapter):
-                self.used.pop(adapter, None)
-                self.used[adapter] = None
+            for name in self.rows.pop(event.id).names if event.last else ():
+                self.used.pop(name, None)
+                self.used[name] = None
 
     def _advance(self, row: Row) -> TokenEvent:
         request, params = row.request, row.request.params
@@ -328,7 +340,7 @@ class Engine:
             os._exit(9)
         if row.made == 3 and b"eos" in row.words and not params.ignore_eos:
             return TokenEvent(**said, finish_reason="stop", stop_token=EOS)
-        token = letter(request.adapter, request.prompt, row.made)
+        token = letter(spelled(request.adapters), request.prompt, row.made)
         if b"umlaut" in row.words:
             token = "ä".encode()[row.made % 2]
         if token in params.stop_token_ids and row.made >= params.min_tokens:

@@ -232,7 +232,7 @@ JSON = st.recursive(
 FIELDS = sorted(
     {"model", "prompt", "messages", "max_tokens", "n", "stop", "logit_bias", "stream_options",
      "seed", "temperature", "logprobs", "stop_token_ids", "echo", "tools", "top_p", "priority",
-     "ttft_slo"}
+     "ttft_slo", "adapters"}
 )  # fmt: skip
 
 

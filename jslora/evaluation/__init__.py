@@ -1,0 +1,1 @@
+"""What becomes of a model's answers, and of its speed, when its weights are kept another way."""
