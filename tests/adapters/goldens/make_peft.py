@@ -89,9 +89,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    for package, version in VERSIONS.items():
-        found = importlib.metadata.version(package).partition("+")[0]
-        assert found == version, f"{package} is {found}; these files are made with {version}"
+    check_versions()
     golden: dict[str, Any] = {"versions": VERSIONS, "model": MODEL, "served": {}}
     for seed, (name, config) in enumerate(SERVED.items()):
         folder = ROOT / "served" / name
@@ -102,6 +100,12 @@ def main() -> None:
     for seed, (name, config) in enumerate(REFUSED.items()):
         save_plain(ROOT / "refused" / name, {"r": 2, **config}, torch.float32, seed)
     (ROOT / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+
+
+def check_versions() -> None:
+    for package, version in VERSIONS.items():
+        found = importlib.metadata.version(package).partition("+")[0]
+        assert found == version, f"{package} is {found}; these files are made with {version}"
 
 
 def base(seed: int) -> LlamaForCausalLM:
@@ -158,7 +162,11 @@ def convert_pissa(folder: Path, config: dict[str, Any], dtype: torch.dtype, seed
 
 
 def read_back(folder: Path) -> dict[str, Any]:
-    model = PeftModel.from_pretrained(base(0), str(folder))
+    return deltas(PeftModel.from_pretrained(base(0), str(folder)))
+
+
+def deltas(model: PeftModel) -> dict[str, Any]:
+    """Rank, scaling and a few numbers of the delta of every adapted layer."""
     return {
         name: {
             "r": module.r["default"],
