@@ -1,0 +1,1 @@
+"""Training LoRA adapters on the model that is served."""
