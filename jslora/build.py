@@ -33,6 +33,7 @@ from jslora.memory.budget import MemoryPlan, host_memory_available, plan_memory
 from jslora.model.checkpoint import Checkpoint, file_facts
 from jslora.model.config import ModelConfig, from_hf
 from jslora.model.weights import dummy_weights, load_weights
+from jslora.program_cache import keep_programs
 from jslora.programs import Catalog, Sizes, choose_kernels
 from jslora.progress import Progress
 from jslora.request import EngineInfo
@@ -70,9 +71,15 @@ def memory_plan(
 
     Args:
         agree: makes of the bytes that this process has those that all have.
+
+    Raises:
+        ConfigError: as `plan_memory`, or the machine cannot have the kind of weights asked for.
+        ModelError: as `plan_memory`.
     """
     processes = config.distributed.num_processes
     prepare_devices(config.mesh.model // processes)
+    if config.model.quantize == "fp8" and launch.platform() == "cpu":
+        raise ConfigError("model.quantize: fp8 needs a GPU; a CPU can have int8, or none")
     return plan_memory(config, model, agree(available_memory(config)), processes)
 
 
@@ -92,16 +99,10 @@ def build_device(
     """This process's part of the mesh, ready to carry out calls; every process must make one.
 
     Raises:
-        ConfigError: there are too few devices, or the kernels or the kind of weights that are asked
-            for cannot be had.
+        ConfigError: there are too few devices, or the kernels that are asked for cannot be had.
         ModelError: the model's files are wrong.
     """
-    if config.model.quantize == "fp8" and launch.platform() == "cpu":
-        raise ConfigError("model.quantize: fp8 needs a GPU; a CPU can have int8, or none")
-    cache = config.cache_dir / "xla"
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs(config.cache_dir)
     sizes = Sizes(
         pages=plan.pages,
         page_size=plan.page_size,
@@ -232,8 +233,7 @@ def _kernels(config: EngineConfig, model: ModelConfig, split: Split) -> Kernels:
         raise ConfigError(f"kernels: {config.kernels} cannot be had: {error}") from None
     if kernels.lora != "reference":
         page = split.page_numbers(model, config.pool.page_size)
-        bits = 8 * jnp.dtype(config.model.dtype).itemsize
-        check_blocks(config.adapters, model, split, bits, page)
+        check_blocks(config.adapters, model, split, 8 * config.model.item_bytes, page)
     log.info(
         "kernels on %s: lora %s, attention %s", kernels.platform, kernels.lora, kernels.attention
     )

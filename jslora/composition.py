@@ -22,7 +22,7 @@ def compose(asked: Iterable[tuple[str, float]], most: int) -> tuple[Scaled, ...]
     found = sorted(Scaled(name, _scale(name, scale)) for name, scale in asked)
     if len(found) > most:
         raise InvalidRequest(
-            f"{len(found)} adapters in one request; at most {most} are allowed", param="adapters"
+            f"{len(found)} adapters in one request; at most {most} may be named", param="adapters"
         )
     for one, other in pairwise(found):
         if one.name == other.name:

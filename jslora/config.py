@@ -51,6 +51,7 @@ Bytes = Annotated[int, BeforeValidator(_parse_bytes), Field(ge=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
 Root = Annotated[Path, BeforeValidator(_root)]
 Storage = Literal["full", "int8", "int4"]
+Quantize = Literal["none", "int8", "fp8"]
 Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -66,10 +67,15 @@ class ModelSection(_Section):
 
     source: str
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantize: Literal["none", "int8", "fp8"] = "none"
+    quantize: Quantize = "none"
     served_name: Annotated[str, Field(pattern=rf"^{NAME}$")] = "base"
     max_model_len: Positive | None = None
     architecture: dict[str, Any] | None = None
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a number of `dtype`, and so of a word of the pool."""
+        return 2 if self.dtype == "bfloat16" else 4
 
 
 class PoolSection(_Section):
@@ -112,6 +118,12 @@ class AdaptersSection(_Section):
     storage: Storage = "full"
     storage_of: dict[Annotated[str, Field(pattern=rf"^{NAME}$")], Storage] = {}
     synthetic: SyntheticAdapters | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "AdaptersSection":
+        if self.synthetic and self.roots and self.roots[0].is_relative_to(Path(__file__).parent):
+            raise ValueError("synthetic adapters go to the first of roots, which came with jslora")
+        return self
 
 
 class MeshSection(_Section):

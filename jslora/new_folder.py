@@ -31,7 +31,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        with locked(partial):
             try:
                 refuse_existing(folder)  # unless whoever held the lock before finished it
                 _empty(partial)
@@ -44,13 +44,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process in a folder that is there and no link.
+
+    Raises:
+        ConfigError: another one is.
+    """
+    descriptor = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is writing {partial.name}") from None
+            raise ConfigError(f"another process is writing {folder.name}") from None
         yield
     finally:
         os.close(descriptor)

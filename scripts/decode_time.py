@@ -7,14 +7,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
-from tqdm import tqdm
 
 from jslora import config
 from jslora.errors import JsloraError
 from jslora.evaluation.decode_time import measure
+from jslora.server.bars import Bars
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -26,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, required=True, help="YAML file")
     add("--set", action="append", default=[], metavar="a.b=c", help="override a key (repeatable)")
     add(
-        "--quantize", nargs="+", default=["none", "int8"], choices=("none", "int8", "fp8"),
+        "--quantize", nargs="+", default=["none", "int8"], choices=get_args(config.Quantize),
         help="ways, of which the first is what the others are compared with (none int8)",
     )  # fmt: skip
     add("--rows", type=int, default=16, metavar="N", help="that decode (16)")
@@ -39,12 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; return the exit code."""
     args, load = parse(arguments), os.getloadavg()[0]
     try:
-        with tqdm(disable=None, leave=False) as bar:
-
-            def progress(stage: str, done: int, total: int, note: str) -> None:
-                bar.total, bar.n = total, done
-                bar.set_description(stage)
-
+        with closing(Bars()) as progress:
             times = measure(
                 config.load(args.config, args.set), args.quantize,
                 rows=args.rows, context=args.context, steps=args.steps, progress=progress,

@@ -6,13 +6,14 @@ Exit codes: 0 measured, 2 wrong arguments, configuration or model.
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import get_args
 
 from jslora import config
 from jslora.errors import JsloraError
 from jslora.evaluation.perplexity import TEXT, compare, score_ways
+from jslora.server.bars import Bars
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, required=True, help="YAML file")
     add("--set", action="append", default=[], metavar="a.b=c", help="override a key (repeatable)")
     add(
-        "--quantize", nargs="+", default=["none", "int8"], choices=("none", "int8", "fp8"),
+        "--quantize", nargs="+", default=["none", "int8"], choices=get_args(config.Quantize),
         help="ways, of which the first is what the others are compared with (none int8)",
     )  # fmt: skip
     add("--text", type=Path, default=TEXT, help="a file of UTF-8; by default the one that comes")
@@ -37,12 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         loaded, text = config.load(args.config, args.set), args.text.read_text(encoding="utf-8")
-        with tqdm(disable=None, leave=False) as bar:
-
-            def progress(stage: str, done: int, total: int, note: str) -> None:
-                bar.total, bar.n = total, done
-                bar.set_description(stage)
-
+        with closing(Bars()) as progress:
             found = score_ways(loaded, args.quantize, text, args.window, progress)
     except (JsloraError, OSError, UnicodeDecodeError) as error:
         print(f"perplexity.py: {error}", file=sys.stderr)

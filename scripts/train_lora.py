@@ -2,13 +2,15 @@
 
     python scripts/train_lora.py --config configs/train/demo.yaml
 
-Started again after it was stopped, it goes on from its newest checkpoint.
+Started again after it was stopped, it goes on from its newest checkpoint. Exit codes: 0 done,
+2 wrong configuration or data, 3 the base model cannot be read, 4 not published, 130 stopped.
 """
 
 import argparse
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from jslora.training.trainer import Step
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="YAML file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="override a key (repeatable)"
@@ -35,6 +39,8 @@ def main() -> int:
         "--publish-key", metavar="NAME", help="environment variable that holds the server's API key"
     )
     options = parser.parse_args()
+    if options.publish_key and not options.publish:
+        parser.error("--publish-key is of the server that --publish names")
     try:
         _run(options)
     except KeyboardInterrupt:
@@ -52,11 +58,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.publish:
         server = Server(options.publish, key_from(os.environ, options.publish_key))
         server.check()
-    bars = Bars()
-    with tqdm(total=config.steps, unit="step", disable=None) as steps:
+    with closing(Bars()) as bars, tqdm(total=config.steps, unit="step", disable=None) as steps:
         follower = _Follower(steps)
         folders = train(config, Report(follower.say, follower.stepped, bars))
-    bars.close()
     for name, folder in folders.items():
         if server is not None:
             server.publish(name, folder)

@@ -94,6 +94,13 @@ def test_a_root_may_have_come_with_the_package() -> None:
     assert parse(json.loads(config.model_dump_json())) == config
 
 
+def test_nothing_is_made_in_the_package() -> None:
+    roots = ["package:jslora/demo_adapters", "mine"]
+    adapters = {"roots": roots, "synthetic": {"count": 1}}
+    assert "the first of roots" in refused(MINIMAL | {"adapters": adapters})
+    parse(MINIMAL | {"adapters": adapters | {"roots": roots[::-1]}})
+
+
 @pytest.mark.parametrize(
     "name", ["", "jslora", "jslora/none", "jslora/../tests", "/etc", "numpy/lib"]
 )

@@ -633,3 +633,5 @@ def test_check_fails_as_a_start_would(tmp: Path) -> None:
     assert code == 2 and "999" in error and "Traceback" not in error
     code, _, error = check(make_config(tmp, source="nowhere"), tmp / "nowhere")
     assert code == 3 and "Traceback" not in error
+    code, _, error = check(make_config(tmp, quantize="fp8"))
+    assert code == 2 and "fp8 needs a GPU" in error and "Traceback" not in error

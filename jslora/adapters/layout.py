@@ -316,7 +316,7 @@ def _copy(place: np.ndarray, numbers: np.ndarray, target: tuple[int, str]) -> No
 
 
 def _check(numbers: np.ndarray, target: tuple[int, str]) -> None:
-    """Whether nothing became infinite when it was rounded."""
+    """Raise AdapterRejected if a number became infinite when it was rounded."""
     if not all_finite(numbers):
         layer, module = target
         raise AdapterRejected(

@@ -96,11 +96,16 @@ class Changes:
         """Note (A, B transposed) of one module and what they became.
 
         The squared norm of B A is the sum over the products of the two Gram matrices. That of the
-        difference is taken of (B - B') A + B' (A - A'), where nothing large cancels.
+        difference is taken of (B - B') A + B' (A - A'), where nothing large cancels. Factors are
+        divided by their largest weights first, whose fourth powers float32 might not hold.
         """
-        a, b, a_after, b_after = (f.astype(np.float32) for f in (*given, *rounded))
+        most = [float(np.abs(f).max(initial=0)) or 1.0 for f in given]
+        a, b, a_after, b_after = (
+            f.astype(np.float32) / np.float32(size)
+            for f, size in zip((*given, *rounded), 2 * most, strict=True)
+        )
         left, right = np.concatenate([b - b_after, b_after]), np.concatenate([a, a - a_after])
-        weight = float(scale) ** 2
+        weight = (float(scale) * most[0] * most[1]) ** 2
         self._changed += weight * float(np.sum((left @ left.T) * (right @ right.T)))
         self._total += weight * float(np.sum((b @ b.T) * (a @ a.T)))
 

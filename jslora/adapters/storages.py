@@ -22,7 +22,7 @@ def storages(section: AdaptersSection) -> tuple[str, ...]:
 
 
 def check_rows(section: AdaptersSection, model: ModelConfig, split: Split, word_bits: int) -> None:
-    """Whether rows are whole words.
+    """See that rows are whole words.
 
     Raises:
         ConfigError: those of a module are not; names it, their width and the storage.
@@ -33,7 +33,7 @@ def check_rows(section: AdaptersSection, model: ModelConfig, split: Split, word_
 def check_blocks(
     section: AdaptersSection, model: ModelConfig, split: Split, word_bits: int, page: int
 ) -> None:
-    """Whether kernels that read columns in blocks can read rows of integers.
+    """See that kernels that read columns in blocks can read rows of integers.
 
     Args:
         page: words in a page of one layer on one device.

@@ -254,6 +254,7 @@ def make_catalog(case: Case, layers: int) -> Catalog:
         max_step_tokens=case.tokens,
         max_model_len=case.positions,
         max_rank=case.max_rank,
+        max_composed=case.max_composed,
         dtype=DTYPE,
         storages=case.storages,
         quantize=case.quantize,

@@ -62,7 +62,8 @@ class Case:
         storages: that adapters may have, of `pieces.STORAGES`.
         quantize: how linear layers of the base are kept, as `model.quantize` says it.
         layers: of the larger program.
-        rows, tokens, positions, max_rank, page_size: limits of the server's configuration.
+        rows, tokens, positions, max_rank, max_composed, page_size: limits of the server's
+            configuration.
     """
 
     what: str
@@ -79,6 +80,7 @@ class Case:
     tokens: int
     positions: int
     max_rank: int
+    max_composed: int = 1
     page_size: int
 
     @property
@@ -114,7 +116,7 @@ def cases(llama: "EngineConfig", demo: "EngineConfig", *, all_layers: bool = Fal
         limits: dict[str, Any] = dict(
             rows=config.scheduler.max_running, tokens=config.scheduler.max_step_tokens,
             positions=config.model.max_model_len, max_rank=config.adapters.max_rank,
-            page_size=config.pool.page_size,
+            max_composed=config.adapters.max_composed, page_size=config.pool.page_size,
         )  # fmt: skip
         made = Case(**case, **limits)
         if all_layers and made.what == "step":

@@ -100,14 +100,16 @@ def collectives(case: Case) -> tuple[Sent, Sent]:
 
     The base adds up the outputs of attention and of the feed-forward, and of the embedding, of
     which each device has a part. Fully sharded LoRA adds to that a number for each token, rank and
-    module: gathered before B for q, k, v and for gate and up, added up for o and for down.
+    module: gathered before B for q, k, v and for gate and up, added up for o and for down. Each of
+    several adapters has its ranks rounded up to the devices.
     """
     if case.devices == 1:
         return {}, {}
     tokens, hidden = case.rows if case.phase == "decode" else case.tokens, case.hidden
     inside = {f"all-reduce {tokens * hidden * 4}": 2.0}
     if case.fully:
-        low = tokens * -(-case.max_rank // case.devices) * case.devices * 4
+        ranks = case.max_rank + (case.max_composed - 1) * (case.devices - 1)
+        low = tokens * -(-ranks // case.devices) * case.devices * 4
         inside |= {
             f"all-gather {3 * low}": 1.0, f"all-gather {2 * low}": 1.0, f"all-reduce {low}": 2.0
         }  # fmt: skip

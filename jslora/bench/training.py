@@ -2,9 +2,9 @@
 
 Both processes are there all the time and step in turn, so that whatever else the machine does is
 shared; medians are of steps after a first one that compiles. On a busy machine a second of CPU time
-says more than one on the wall. The floor is the time of the products
-a step cannot do without, 4 FLOP a parameter and token (forwards, and backwards to the inputs, the
-head included), at the rate of one large product measured in between. Host only: no jax.
+says more than one on the wall. The floor is the time of the products a step cannot do without,
+4 FLOP a parameter and token (forwards, and backwards to the inputs, the head included), at the rate
+of one large product measured in between. Host only: no jax.
 """
 
 import contextlib

@@ -31,10 +31,11 @@ _SECTIONS: dict[str, set[str]] = {
     },
 }  # fmt: skip
 # Of these, only those named: what shapes programs, what adapters are refused for, and with
-# `host_cache_bytes` how many pages the memory plan finds useful, which all must find alike.
+# `host_cache_bytes` how many pages the memory plan finds useful, and with `storage` how it splits
+# adapters, which all must find alike.
 _KEYS = {
     "scheduler": ("max_running", "max_step_tokens"),
-    "adapters": ("max_rank", "max_composed", "max_file_bytes", "host_cache_bytes"),
+    "adapters": ("max_rank", "max_composed", "max_file_bytes", "host_cache_bytes", "storage"),
 }
 
 

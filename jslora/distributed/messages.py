@@ -12,11 +12,12 @@ from msgspec import Meta
 
 from jslora.calls import AdmitCall, StepCall
 from jslora.distributed.deltas import Decoder, Delta, Encoder
+from pallas_kernels.lora.pieces import STORAGES
 
 MAX_TEXT = 500
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
-Storage = Annotated[str, Meta(pattern="^(full|int8|int4)$")]
+Storage = Annotated[str, Meta(pattern=f"^({'|'.join(STORAGES)})$")]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 

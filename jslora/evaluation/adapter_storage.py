@@ -7,6 +7,7 @@ adapter in full does, at every place of what that one answers greedily (`jslora.
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from jslora.adapters.peft import Limits, read_outline
 from jslora.compare import Side, compare, comparison_config, room, summary, tokenized
 from jslora.config import EngineConfig, load
 from jslora.engine import Engine
+from jslora.errors import JsloraError
 from jslora.fetch import load_config, resolve
 from jslora.progress import silent
 from jslora.request import AdapterInfo
@@ -30,7 +32,6 @@ QUESTIONS = (
     "Give me three tips for a job interview.", "What is 7 times 8?", "Write a poem about a train.",
 )  # fmt: skip
 """Asked of each adapter as chats."""
-
 
 TIERS = ("bytes_disk", "bytes_host", "bytes_device")
 
@@ -97,7 +98,7 @@ class _Measured:
         """Pages that an adapter would take, were the last one of each layer not padded."""
         outline = read_outline(folder, self._model, Limits())
         page = ONE_DEVICE.page_numbers(self._model, self._config.pool.page_size)
-        bits = 16 if self._config.model.dtype == "bfloat16" else 32
+        bits = 8 * self._config.model.item_bytes
         layout = lay_out(outline.rank, outline.scale, self._model, page, ONE_DEVICE, storage, bits)
         return layout.n_pages * (1 - layout.padding)
 
@@ -129,7 +130,8 @@ def cells(one: Kept) -> tuple[str, ...]:
     return one.name, one.storage, *shares, f"{one.used:.3f}", error, agreement, kl
 
 
-def main() -> None:
+def main() -> int:
+    """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m jslora.evaluation.adapter_storage")
     parser.add_argument("folders", nargs="+", type=Path, help="PEFT folders below one folder")
     parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
@@ -138,10 +140,15 @@ def main() -> None:
     folders = [folder.resolve() for folder in options.folders]
     if len({folder.parent for folder in folders}) > 1:
         parser.error("the folders must lie below one folder")
-    rows = (cells(one) for one in measure(load(options.config), folders, options.tokens))
-    for row in itertools.chain([COLUMNS, ("---",) * len(COLUMNS)], rows):
-        print(f"| {' | '.join(row)} |", flush=True)
+    try:
+        rows = map(cells, measure(load(options.config), folders, options.tokens))
+        for row in itertools.chain([COLUMNS, ("---",) * len(COLUMNS)], rows):
+            print(f"| {' | '.join(row)} |", flush=True)
+    except JsloraError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

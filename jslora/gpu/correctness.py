@@ -21,6 +21,7 @@ from jslora.bench import floor
 from jslora.gpu import oracle
 from jslora.gpu.cases import Plan, offsets, pack_rows, pack_work, place
 from jslora.gpu.hard_cases import (
+    MOST_COMPOSED,
     AttentionCase,
     LoraCase,
     Part,
@@ -77,7 +78,8 @@ class Bench:
     def __init__(self, plan: Plan, kernels: Kernels) -> None:
         self.plan, self.kernels = plan, kernels
         pages = plan.wide_numbers // plan.page_numbers // LAYERS
-        sizes = replace(plan.sizes(pages, plan.step_rows), max_rank=plan.wide_rank)
+        sizes = plan.sizes(pages, plan.step_rows)
+        sizes = replace(sizes, max_rank=plan.wide_rank, max_composed=MOST_COMPOSED)
         self.catalog = Catalog(replace(plan.model, layers=LAYERS), sizes, kernels)
         self._stored = replace(self.catalog, sizes=replace(sizes, storages=STORAGES))
         self.first_page = LAYER * pages
@@ -174,7 +176,7 @@ def check_lora(
     factors = []
     for part in case.parts:
         placement, own = lay(bench, shelf, part, f"{len(parts)}")
-        parts.append(Segment(placement, part.start, part.end))
+        parts.append(Segment(placement, part.start, part.end, part.scale))
         factors.append(own)
     bucket = bench.bucket(case.tokens, case.rows)
     work = pack_work(parts, bucket, bench.catalog_of(case.storages))
@@ -256,7 +258,8 @@ def _check_group(
                     slice(part.start, part.end),
                     slice(at, at + own[module][1].shape[1]),
                 )
-                wanted[tokens, columns] = oracle.delta(x[tokens], *own[module], SCALE)
+                scale = SCALE * part.scale
+                wanted[tokens, columns] += oracle.delta(x[tokens], *own[module], scale)
     touched = np.flatnonzero(np.any(wanted, axis=1))
     error = oracle.worst(after - y, wanted, touched)
     faults = list(_faults(case, modules, y, after, again, touched))
@@ -296,7 +299,7 @@ def _bad(case: LoraCase) -> np.ndarray:
     """Tokens whose adapter is no numbers."""
     bad = np.zeros(case.tokens, bool)
     for part in case.parts:
-        bad[part.start : part.end] = part.bad and any(part.ranks)
+        bad[part.start : part.end] |= part.bad and any(part.ranks)
     return bad
 
 

@@ -81,7 +81,8 @@ def catalog_of(described: dict[str, Any]) -> Catalog:
     sizes = Sizes(
         pages=pages, page_size=case["page_size"], max_running=case["rows"],
         max_step_tokens=case["tokens"], max_model_len=case["positions"],
-        max_rank=case["max_rank"], dtype=np.dtype(pool["dtype"]),
+        max_rank=case["max_rank"], max_composed=case["max_composed"],
+        dtype=np.dtype(pool["dtype"]),
     )  # fmt: skip
     kernels = choose_kernels(config, case["page_size"], case["kernels"], launch.platform())
     catalog = Catalog(config, sizes, kernels)

@@ -1,6 +1,5 @@
 """The cases that correctness is checked with: batches of the kinds that a kernel may get wrong."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,11 +8,18 @@ from jslora.model.config import MODULES
 from pallas_kernels.lora.pieces import STORAGES
 
 Where = Literal["bottom", "top", "scattered"]
+"""Pages from the pool's lowest on, up to its highest, or every other one before its middle."""
+
+MOST_COMPOSED = 3
+"""Adapters that a token has at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens [start, end) and the ranks of their adapter; a bad one is NaN throughout."""
+    """Tokens [start, end) and the ranks of their adapter; a bad one is NaN throughout.
+
+    Where tokens have several adapters, their parts are alike but for these, and follow each other.
+    """
 
     start: int
     end: int
@@ -21,6 +27,7 @@ class Part:
     where: Where = "bottom"
     bad: bool = False
     storage: str = "full"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +62,15 @@ class AttentionCase:
 def lora_cases(plan: Plan) -> list[LoraCase]:
     """Decode and prefill, of the kinds that a kernel may get wrong; sizes follow the plan."""
     B, T = plan.step_rows, 4 * plan.step_rows
-    every: Callable[[int], tuple[int, ...]] = lambda rank: (rank,) * len(MODULES)  # noqa: E731
     few = (1, 7, 8, 16, 33, 12, plan.max_rank, 3)
     some = (5, 0, 9, 0, 0, 17, 0), (0, 4, 0, 40, 2, 0, 8), (0, 0, 0, 0, 0, 0, 16)
     places: tuple[Where, ...] = ("bottom", "top", "scattered")
-    own = tuple(Part(b, b + 1, every(few[b % 8]), places[b % 3]) for b in range(min(B, 8)))
+    own = tuple(Part(b, b + 1, _every(few[b % 8]), places[b % 3]) for b in range(min(B, 8)))
     thirds = [B // 4, B // 2, B - 1]
     return [
         LoraCase("every row its own adapter", B, B, own),
         LoraCase(
-            "one adapter of the highest rank", B, B, (Part(0, B, every(plan.wide_rank), "top"),)
+            "one adapter of the highest rank", B, B, (Part(0, B, _every(plan.wide_rank), "top"),)
         ),
         LoraCase("no adapter", B, B, ()),
         LoraCase(
@@ -76,14 +82,14 @@ def lora_cases(plan: Plan) -> list[LoraCase]:
         ),
         LoraCase(
             "a bad adapter", B, B,
-            (Part(0, 2, every(8)), Part(2, 4, every(16), bad=True), Part(4, B, every(5), "top")),
+            (Part(0, 2, _every(8)), Part(2, 4, _every(16), bad=True), Part(4, B, _every(5), "top")),
         ),
         LoraCase(
             "prefill, segments of all lengths", T, B,
             (
-                Part(3, T // 2 - 1, every(16), "top"), Part(T // 2 - 1, T // 2, every(64)),
-                Part(T // 2 + 1, 3 * T // 4, every(1), "scattered"),
-                Part(T - 5, T, every(33)),
+                Part(3, T // 2 - 1, _every(16), "top"), Part(T // 2 - 1, T // 2, _every(64)),
+                Part(T // 2 + 1, 3 * T // 4, _every(1), "scattered"),
+                Part(T - 5, T, _every(33)),
             ),
         ),
         LoraCase(
@@ -93,11 +99,27 @@ def lora_cases(plan: Plan) -> list[LoraCase]:
         LoraCase(
             "prefill, integers", T, B,
             (
-                Part(0, 3, every(8), bad=True, storage="int4"),
-                Part(3, T // 2 - 1, every(16), "top", storage="int4"),
-                Part(T // 2 - 1, T // 2, every(64), storage="int8"),
+                Part(0, 3, _every(8), bad=True, storage="int4"),
+                Part(3, T // 2 - 1, _every(16), "top", storage="int4"),
+                Part(T // 2 - 1, T // 2, _every(64), storage="int8"),
                 Part(T // 2 + 1, 3 * T // 4, some[0], "scattered", storage="int4"),
-                Part(T - 5, T, every(33), storage="int8"),
+                Part(T - 5, T, _every(33), storage="int8"),
+            ),
+        ),
+        LoraCase(
+            "prefill, sums of scaled adapters", T, B,
+            (
+                Part(2, T // 2, _every(8), scale=0.5), Part(2, T // 2, some[1], "top", scale=2.0),
+                Part(2, T // 2, _every(33), "scattered"), Part(T // 2, T - 1, _every(16)),
+                Part(T - 1, T, some[0]), Part(T - 1, T, _every(1), scale=0.0),
+            ),
+        ),
+        LoraCase(
+            "sums of integers and full numbers", B, B,
+            (
+                Part(0, 2, _every(5)), Part(0, 2, _every(16), "top", storage="int4", scale=0.7),
+                Part(0, 2, _every(9), "scattered", storage="int8", scale=1.5),
+                Part(3, 4, some[1], storage="int8"), Part(3, 4, _every(8), storage="int8"),
             ),
         ),
     ]  # fmt: skip
@@ -118,3 +140,8 @@ def attention_cases(plan: Plan) -> list[AttentionCase]:
         ),
         AttentionCase("one prompt's chunk", T, B, ((T, min(most, 3 * T)),)),
     ]  # fmt: skip
+
+
+def _every(rank: int) -> tuple[int, ...]:
+    """An adapter that has it on every module."""
+    return (rank,) * len(MODULES)

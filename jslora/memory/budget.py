@@ -92,7 +92,7 @@ def plan_memory(
         ModelError: the model cannot be split over the devices.
     """
     length = max_model_len(config, model)
-    width = 2 if config.model.dtype == "bfloat16" else 4
+    width = config.model.item_bytes
     size, devices = config.pool.page_size, config.mesh.model
     weights = _weight_bytes(model, devices, width, config.model.quantize)
     slots = config.scheduler.max_running * model.vocab_size * _STATE_BYTES
@@ -133,7 +133,7 @@ def choose_split(config: EngineConfig, model: ModelConfig, pages: int) -> tuple[
         split.local(model)
         return split, "mesh.lora asks for it"
     rank, storage = min(_USUAL_RANK, config.adapters.max_rank), config.adapters.storage
-    bits = 16 if config.model.dtype == "bfloat16" else 32
+    bits = 8 * config.model.item_bytes
     rows = [row for module in MODULES for row in plain.rows(model, module)]
     words = sum(row_words(row, storage, bits) + scale_groups(row, storage) for row in rows)
     each = -(-rank * words // Split(devices).page_numbers(model, config.pool.page_size))

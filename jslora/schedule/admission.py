@@ -9,13 +9,7 @@ from collections.abc import Iterable, Sequence
 from jslora.adapters.registration import Registration
 from jslora.composition import compose
 from jslora.errors import InvalidRequest, Overloaded
-from jslora.request import (
-    MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
-    MAX_STOP_IDS,
-    Request,
-    SamplingParams,
-)
+from jslora.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, Request, SamplingParams
 from jslora.schedule.plan import Limits
 from jslora.schedule.queue import Waiting
 from jslora.schedule.settings import SchedulerSection

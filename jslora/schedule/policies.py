@@ -4,10 +4,12 @@ The scheduler says here what happens to a sequence: it waits, starts, is served,
 keeps only what it needs of that. Host only: no jax.
 """
 
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 
+from jslora.request import Request
 from jslora.schedule.deadlines import Deadlines
 from jslora.schedule.order import Cluster, FirstCome, NewestFirst, Priority, ShortestFirst
 from jslora.schedule.queue import Policy, Waiting
@@ -15,6 +17,9 @@ from jslora.schedule.sequence import Sequence
 from jslora.schedule.settings import Quota, SchedulerSection, Tenant
 from jslora.schedule.shares import GENERATED, PROMPT, Shares
 from jslora.schedule.stack import Name
+
+COMPOSITIONS = 4096
+"""Groups of requests that name several adapters, of which clients can make up any number."""
 
 
 class Names:
@@ -82,7 +87,7 @@ class Policies:
         """A request arrives, whose answer is expected to have so many tokens."""
         request = sequence.request
         sequence.tenant = self._tenants.number(request.tenant)
-        sequence.adapter = self._adapters.number(request.label)
+        sequence.adapter = self._adapters.number(_group(request))
         tenant = self._tenant(sequence.tenant)
         sequence.since, sequence.expected = now, expected
         sequence.level = tenant.priority + request.priority
@@ -167,3 +172,10 @@ class Policies:
     def retry_after(self, now: float) -> float:
         """Seconds after which it may be worth asking again."""
         return self._deadlines.retry_after(self.waiting, now)
+
+
+def _group(request: Request) -> str:
+    """Whom it shares with: who asks for its adapter, or for its adapters, all of them."""
+    if len(request.adapters) < 2:
+        return request.label
+    return f"+{zlib.crc32(request.label.encode()) % COMPOSITIONS}"

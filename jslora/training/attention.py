@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from jslora.training.products import dot
+
 _TILE = 128
 _NEVER = -1e30
 
@@ -63,11 +65,11 @@ def _backward(longest: int, kept: tuple[Array, ...], g: Array) -> tuple[Array, A
         g_own = g[..., start:end, :]
         scores = _scores(own, keys, _seen(segment, first, start, end))
         weights = jnp.exp(scores - log_sum[..., start:end, :])
-        slopes = _dot("bkgtd,bksd->bkgts", g_own, values) - mean[..., start:end, :]
+        slopes = dot("bkgtd,bksd->bkgts", g_own, values) - mean[..., start:end, :]
         slopes = (weights * slopes * _scale(q)).astype(q.dtype)
         dq.append(_weighted(slopes, keys).astype(q.dtype))
-        dk = dk.at[:, :, first:end].add(_dot("bkgts,bkgtd->bksd", slopes, own))
-        dv = dv.at[:, :, first:end].add(_dot("bkgts,bkgtd->bksd", weights.astype(q.dtype), g_own))
+        dk = dk.at[:, :, first:end].add(dot("bkgts,bkgtd->bksd", slopes, own))
+        dv = dv.at[:, :, first:end].add(dot("bkgts,bkgtd->bksd", weights.astype(q.dtype), g_own))
     flat = [_by_token(x[:, :, None].astype(q.dtype)) for x in (dk, dv)]
     return _by_token(jnp.concatenate(dq, 3)), flat[0], flat[1], None
 
@@ -92,7 +94,7 @@ def _scores(
     q: Float[Array, "B K G t D"], k: Float[Array, "B K S D"], seen: Bool[Array, "B t S"]
 ) -> Float[Array, "B K G t S"]:
     """Scaled, with keys that a query may not see at `_NEVER`."""
-    return jnp.where(seen[:, None, None], _dot("bkgtd,bksd->bkgts", q, k) * _scale(q), _NEVER)
+    return jnp.where(seen[:, None, None], dot("bkgtd,bksd->bkgts", q, k) * _scale(q), _NEVER)
 
 
 def _scale(q: Array) -> float:
@@ -100,7 +102,7 @@ def _scale(q: Array) -> float:
 
 
 def _weighted(weights: Float[Array, "B K G t S"], v: Array) -> Float[Array, "B K G t D"]:
-    return _dot("bkgts,bksd->bkgtd", weights, v)
+    return dot("bkgts,bksd->bkgtd", weights, v)
 
 
 def _by_head(x: Float[Array, "B T h D"], groups: int | None = None) -> Array:
@@ -114,7 +116,3 @@ def _by_head(x: Float[Array, "B T h D"], groups: int | None = None) -> Array:
 def _by_token(x: Float[Array, "B K G T D"]) -> Float[Array, "B T h D"]:
     B, K, G, T, D = x.shape
     return jnp.swapaxes(x.reshape(B, K * G, T, D), 1, 2)
-
-
-def _dot(spec: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

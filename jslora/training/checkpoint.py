@@ -45,8 +45,9 @@ class Checkpoints:
         if facts.exists():
             if json.loads(facts.read_text()).get("fingerprint") != fingerprint:
                 raise ConfigError(
-                    f"{self.folder} holds checkpoints of a run with another configuration; "
-                    "give it back, choose another `out`, or remove that folder"
+                    f"{self.folder} holds checkpoints of a run with another configuration, "
+                    "other data or another base; give these back, choose another `out`, or remove "
+                    "that folder"
                 )
             return
         partial = facts.with_suffix(".partial")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from jslora import config as shared
 from jslora.config import UserPath
@@ -19,6 +19,9 @@ from jslora.section import NAME, STRICT, Positive
 
 Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Rank = Annotated[int, Field(ge=1, le=512)]
+
+CHECKPOINTS, LOSSES = "checkpoints", "losses.jsonl"
+"""What lies beside the adapters in `out`."""
 
 
 def _held_out(value: object) -> object:
@@ -33,7 +36,7 @@ HeldOut = Annotated[float | Path, BeforeValidator(_held_out)]
 
 
 class _Section(BaseModel):
-    model_config = STRICT
+    model_config = ConfigDict(**STRICT, allow_inf_nan=False)
 
 
 class BaseSection(_Section):
@@ -138,6 +141,14 @@ class TrainConfig(_Section):
     devices: Positive = 1
     recompute: bool = False
     written: Literal["float32", "bfloat16"] = "float32"
+
+    @pydantic.field_validator("adapters")
+    @classmethod
+    def _names(cls, adapters: dict[str, AdapterSection]) -> dict[str, AdapterSection]:
+        for name in (CHECKPOINTS, LOSSES):
+            if name in adapters:
+                raise ValueError(f"{name} is something else in `out`; choose another name")
+        return adapters
 
     @property
     def steps(self) -> int:

@@ -19,6 +19,7 @@ from jslora.errors import ConfigError, InvalidRequest
 from jslora.tokenizer import Tokenizer
 
 MAX_LINE = 2**24  # bytes
+_TOLD = 60  # characters of a wrong value
 
 
 class DataError(ConfigError):
@@ -167,7 +168,7 @@ def _example(line: str, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> Exam
     if chat == plain:
         raise _Wrong(
             'either "messages" or "prompt" and "completion" are expected; the keys are '
-            f"{list(data)}"
+            f"{str(list(data))[:_TOLD]}"
         )
     if chat:
         return _conversation(_messages(data["messages"]), tokenizer, end_tokens)
@@ -193,13 +194,15 @@ def _messages(value: Any) -> list[dict[str, Any]]:
                 raise _Wrong(
                     f"messages[{index}].{key} is {_shown(message.get(key))}; a string is expected"
                 )
-    if not any(message["role"] == "assistant" for message in value):
-        raise _Wrong('no message has the role "assistant", so there is nothing to learn')
+    if not any(message["role"] == "assistant" for message in value[1:]):
+        raise _Wrong(
+            'no message after the first has the role "assistant", so there is nothing to learn'
+        )
     return value
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else json.dumps(value)[:60]
+    return "missing" if value is None else json.dumps(value)[:_TOLD]
 
 
 # Tokens -----------------------------------------------------------------------------------------
@@ -224,15 +227,18 @@ def _completion(
 def _conversation(
     messages: list[dict[str, Any]], tokenizer: Tokenizer, end_tokens: Sequence[int]
 ) -> Example:
-    """All turns up to the last of an assistant, each after what a request for it would send."""
+    """All turns up to the last of an assistant, each after what a request for it would send.
+
+    No request can be for a first turn, so that one is not learnt.
+    """
     tokens: list[int] = []
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not index:
             continue
-        before = tokenizer.apply_chat_template(messages[:index]) if index else []
+        before = tokenizer.apply_chat_template(messages[:index])
         after = tokenizer.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
-        if before[: len(tokens)] != tokens[: len(before)] or after[: len(before)] != before:
+        if before[: len(tokens)] != tokens or after[: len(before)] != before:
             raise _Wrong(
                 f"messages[{index}]: with the chat template its tokens do not follow those that a "
                 "request for it would send; begin it without line ends or spaces, and where "

@@ -215,7 +215,7 @@ class Model:
     def _block(self) -> tuple[nnx.GraphDef, dict[str, tuple]]:
         """A block's structure, and the state path of each weight by its name."""
         kernels = Kernels("reference", "reference", "cpu")
-        # Of pages, which there are none of here.
+        # What it says of pages and kernels, `forward` does not use.
         layout = Layout(0, True, work_shape(8, 1, kernels, prefill=True), Cut(1, 0, 1), kernels)
         dtype = self.leaves["embed"].dtype
         block = nnx.eval_shape(lambda: Block(self.config, dtype, layout))

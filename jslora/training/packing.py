@@ -40,7 +40,7 @@ class Batch:
 Row = Sequence[Example]
 
 
-class Rows:
+class RowStream:
     """The endless rows of one adapter.
 
     Attributes:

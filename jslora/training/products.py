@@ -18,18 +18,18 @@ from pallas_kernels.lora.finish import Finish, finish_sum
 @jax.custom_vjp
 def shrink(x: Float[Array, "T in"], a: Float[Array, "C in"]) -> Float[Array, "T C"]:
     """x·Aᵀ in float32; the gradient of `a` is float32 as it is."""
-    return _dot("ti,ci->tc", x, a.astype(x.dtype))
+    return dot("ti,ci->tc", x, a.astype(x.dtype))
 
 
 def _shrink_forward(x: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
     rounded = a.astype(x.dtype)
-    return _dot("ti,ci->tc", x, rounded), (x, rounded)
+    return dot("ti,ci->tc", x, rounded), (x, rounded)
 
 
 def _shrink_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, a = kept
     g = g.astype(x.dtype)
-    return _dot("tc,ci->ti", g, a).astype(x.dtype), _dot("tc,ti->ci", g, x)
+    return dot("tc,ci->ti", g, a).astype(x.dtype), dot("tc,ti->ci", g, x)
 
 
 shrink.defvjp(_shrink_forward, _shrink_backward)
@@ -61,7 +61,7 @@ def _adapted_forward(
     if low is not None:
         low = low[0], low[1].astype(w.dtype)
         x = jnp.concatenate([x, low[0]], axis=1)
-    y = _dot("ti,oi->to", x, _joined(w, low))
+    y = dot("ti,oi->to", x, _joined(w, low))
     # In the activations' dtype the halves take a third of the memory of what SiLU's own gradient
     # would keep.
     halves = y.astype(w.dtype) if finish is Finish.GATED else None
@@ -76,12 +76,12 @@ def _adapted_backward(
     parts = [g.astype(w.dtype)] if halves is None else _gated_gradient(halves, g)
     weights = jnp.split(_joined(w, low), len(parts))
     both = reduce(
-        jnp.add, [_dot("to,oi->ti", part, own) for part, own in zip(parts, weights, strict=True)]
+        jnp.add, [dot("to,oi->ti", part, own) for part, own in zip(parts, weights, strict=True)]
     ).astype(w.dtype)
     dx, dz = jnp.split(both, [w.shape[1]], axis=1)
     of_low = None
     if low is not None:
-        of_low = dz, jnp.concatenate([_dot("tc,to->co", low[0], part) for part in parts], axis=1)
+        of_low = dz, jnp.concatenate([dot("tc,to->co", low[0], part) for part in parts], axis=1)
     return dx, None, of_low, g if finish is Finish.RESIDUAL else None
 
 
@@ -100,5 +100,6 @@ def _gated_gradient(halves: Float[Array, "T two_F"], g: Float[Array, "T F"]) -> 
     return [of_gate.astype(halves.dtype), (wide * gate * share).astype(halves.dtype)]
 
 
-def _dot(spec: str, left: Array, right: Array) -> Array:
+def dot(spec: str, left: Array, right: Array) -> Array:
+    """An einsum summed in float32."""
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

@@ -77,12 +77,15 @@ class Server:
 
     def _connection(self) -> tuple[http.client.HTTPConnection, str]:
         """A connection, which follows no redirects with the key, and the URL's own path."""
+        if "@" in self.url:  # with what may be a password, so it is not told
+            raise ConfigError("the URL names a user; http://host:port or https://host is expected")
         try:
             parts = urlsplit(self.url)
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise ConfigError(f"{self.url!r} is no URL: {error}") from None
-        if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
+        usable = parts.scheme in ("http", "https") and self.url.isascii()
+        if not usable or not host or parts.query:
             raise ConfigError(f"{self.url!r}: http://host:port or https://host is expected")
         if parts.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=_SECONDS), parts.path.rstrip("/")
@@ -95,12 +98,14 @@ def key_from(environment: Mapping[str, str], variable: str | None) -> str | None
     """The API key that an environment variable holds; None where none is named.
 
     Raises:
-        ConfigError: the variable is not set, or empty.
+        ConfigError: the variable is not set, empty, or holds what no key can.
     """
     if variable is None:
         return None
     if not (key := environment.get(variable, "").strip()):
         raise ConfigError(f"the environment variable {variable}, for the API key, is not set")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"the environment variable {variable} holds more than printable ASCII")
     return key
 
 

@@ -16,10 +16,12 @@ import jax
 @partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "shared"])
 @dataclass(frozen=True)
 class Pullback:
-    """Attributes:
-    kept: the arrays that only the pullback holds.
-    tree: of the function and all its arrays.
-    shared: for each array of it, which of the shared ones it is; None for one that is kept.
+    """From the gradient of a result to those of the arguments.
+
+    Attributes:
+        kept: the arrays that only the pullback holds.
+        tree: of the function and all its arrays.
+        shared: for each array of it, which of the shared ones it is; None for one that is kept.
     """
 
     kept: tuple[jax.Array, ...]

@@ -22,17 +22,21 @@ from jslora.errors import ConfigError
 from jslora.fetch import load_config, resolve
 from jslora.model.config import ModelConfig
 from jslora.model.weights import load_weights
-from jslora.new_folder import refuse_existing
+from jslora.new_folder import locked, refuse_existing
+from jslora.program_cache import keep_programs
 from jslora.progress import Progress
 from jslora.sharding import prepare_devices
 from jslora.tokenizer import Tokenizer
 from jslora.training.adapters import Columns, plan
 from jslora.training.checkpoint import Checkpoints
-from jslora.training.config import TrainConfig
+from jslora.training.config import CHECKPOINTS, LOSSES, TrainConfig
 from jslora.training.data import read_parts
 from jslora.training.layers import AXIS, Model
-from jslora.training.packing import Rows
+from jslora.training.packing import RowStream
 from jslora.training.trainer import State, Step, Task, Trainer
+
+_DECISIVE = (".json", ".jinja", ".model", ".safetensors", ".txt")
+"""Suffixes of a base's files: weights, tokenizer and chat template."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,19 @@ def train(config: TrainConfig, report: Report) -> dict[str, Path]:
     """Train all adapters of a configuration, from the newest checkpoint on; their folders by name.
 
     Raises:
-        ConfigError: the configuration does not fit the model, the data or the device, or an
-            adapter is there already.
+        ConfigError: the configuration does not fit the model, the data or the device, an adapter
+            is there already, or another process trains there.
         ModelError: the model's files are wrong.
     """
     trainer, checkpoints = prepare(config, report)
+    with locked(checkpoints.folder.resolve()):
+        state = _run(config, trainer, checkpoints, report)
+        return _write(config, trainer, state, report)
+
+
+def _write(config: TrainConfig, trainer: Trainer, state: State, report: Report) -> dict[str, Path]:
+    """The adapters' folders by name, those written that are not there yet."""
     folders = {name: config.out / name for name in config.adapters}
-    state = _run(config, trainer, checkpoints, report)
     for name, folder in folders.items():
         if folder.exists():
             report.say(f"{folder} is there already")
@@ -83,8 +93,8 @@ def prepare(config: TrainConfig, report: Report) -> tuple[Trainer, Checkpoints]:
     columns = _columns(config, shape)
     tasks, longest = _tasks(config, shape, Tokenizer(source), report)
     mesh = make_mesh(config.devices)
-    fingerprint, keep = _fingerprint(config), config.checkpoints.keep
-    checkpoints = Checkpoints(config.out / "checkpoints", fingerprint, keep)
+    fingerprint, keep = _fingerprint(config, source), config.checkpoints.keep
+    checkpoints = Checkpoints(config.out / CHECKPOINTS, fingerprint, keep)
     if checkpoints.step < config.steps:  # what is there cannot be this run's
         for name in config.adapters:
             refuse_existing(config.out / name)
@@ -93,11 +103,17 @@ def prepare(config: TrainConfig, report: Report) -> tuple[Trainer, Checkpoints]:
     return Trainer(model, tasks, config.batch), checkpoints
 
 
-def _fingerprint(config: TrainConfig) -> str:
-    """What a checkpoint must have been made with to be gone on from."""
+def _fingerprint(config: TrainConfig, source: Path) -> str:
+    """What a checkpoint must have been made with to be gone on from: configuration, data, base."""
     whole = hashlib.sha256(config.decisive().encode())
+    paths = sorted(path for path in source.iterdir() if path.suffix in _DECISIVE and path.is_file())
     for section in config.adapters.values():
-        whole.update(hashlib.sha256(section.data.read_bytes()).digest())
+        paths.append(section.data)
+        if isinstance(section.held_out, Path):  # its longest example decides how attention is cut
+            paths.append(section.held_out)
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
 
 
@@ -126,7 +142,7 @@ def _tasks(
             section.data, section.held_out, section.seed, tokenizer, shape.eos_token_ids, length
         )
         report.say(f"{name}: {kept.told()}; held out: {held_out.told()}")
-        rows = Rows(kept.examples, length, section.seed)
+        rows = RowStream(kept.examples, length, section.seed)
         tasks[name] = Task(section, rows, held_out.examples)
         longest = max(longest, *map(len, kept.examples), *map(len, held_out.examples))
     return tasks, longest
@@ -136,10 +152,7 @@ def _leaves(
     config: TrainConfig, shape: ModelConfig, source: Path, mesh: Mesh, progress: Progress
 ) -> dict[str, jax.Array]:
     """The base, whole on every device."""
-    cache = config.cache_dir / "xla"
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs(config.cache_dir)
     whole = NamedSharding(mesh, PartitionSpec())
     dtype = jnp.dtype(config.model.dtype)
     return load_weights(source, shape, dtype, lambda name, shape: whole, progress=progress)
@@ -165,28 +178,41 @@ def _run(config: TrainConfig, trainer: Trainer, checkpoints: Checkpoints, report
     if found is not None:
         state = found
         report.say(f"going on from the checkpoint after step {state.step}")
-    if state.step < config.steps:
+    if state.step == 0:
         _tell_losses(config, trainer, state, report)
     while state.step < config.steps:
-        state, step = trainer.step(state)
-        _check_finite(step, state.step)
+        before, (state, step) = state, trainer.step(state)
+        _check_losses(step, before)
         report.stepped(state.step, step)
         last = state.step == config.steps
+        # Told before it is kept: what is killed in between is told once more, and not never.
         if last or state.step % config.evaluation.every == 0:
             _tell_losses(config, trainer, state, report)
         if last or state.step % config.checkpoints.every == 0:
+            _check_factors(state)
             checkpoints.save(state)
     checkpoints.close()
     return state
 
 
-def _check_finite(step: Step, number: int) -> None:
+def _check_losses(step: Step, before: State) -> None:
     for name, loss in step.losses.items():
         if not math.isfinite(loss):
-            raise ConfigError(
-                f"adapters.{name}: the loss of step {number} is {loss}; a lower learning_rate, a "
-                "longer warm-up or a smaller clip may help"
-            )
+            _check_factors(before)  # those of one adapter make the losses of all so
+            raise _diverged(name, f"the loss of step {before.step + 1} is {loss}")
+
+
+def _check_factors(state: State) -> None:
+    for name, own in state.trained.items():
+        if not all(jnp.isfinite(factor).all() for factor in jax.tree.leaves(own)):
+            raise _diverged(name, f"factors after step {state.step} are not finite")
+
+
+def _diverged(name: str, how: str) -> ConfigError:
+    return ConfigError(
+        f"adapters.{name}: {how}; a lower learning_rate, a longer warm-up or a smaller clip may "
+        "help"
+    )
 
 
 def _tell_losses(config: TrainConfig, trainer: Trainer, state: State, report: Report) -> None:
@@ -195,5 +221,5 @@ def _tell_losses(config: TrainConfig, trainer: Trainer, state: State, report: Re
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     report.say(f"held-out loss after {state.step} steps: {shown}")
     line = {"step": state.step, "held_out": losses, "time": time.time()}
-    with (config.out / "losses.jsonl").open("a") as file:
+    with (config.out / LOSSES).open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jslora.errors import JsloraError
 from jslora.progress import silent
 from jslora.training.config import TrainConfig, load
 from jslora.training.layers import Model
@@ -34,9 +35,13 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
     parser.add_argument("--batches", type=Path, required=True, help=".npz to write")
     options = parser.parse_args()
-    config = load(options.config, options.set)
     quiet = Report(lambda line: None, lambda done, step: None, silent)
-    trainer, checkpoints = prepare(config, quiet)
+    try:
+        config = load(options.config, options.set)
+        trainer, checkpoints = prepare(config, quiet)
+    except JsloraError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 2
     checkpoints.close()
     write_batches(options.batches, config, trainer)
     print(json.dumps(facts(config, trainer.model)), flush=True)

@@ -21,8 +21,7 @@ from jslora.training.config import AdapterSection, BatchSection
 from jslora.training.data import Example
 from jslora.training.layers import Model
 from jslora.training.optimiser import optimiser
-from jslora.training.packing import Batch, Row, batch_of, held_out_batches
-from jslora.training.packing import Rows as Source
+from jslora.training.packing import Batch, Row, RowStream, batch_of, held_out_batches
 
 
 class State(NamedTuple):
@@ -38,7 +37,7 @@ class Task:
     """One adapter: how it is trained, on which rows, and what is held out to judge it."""
 
     section: AdapterSection
-    source: Source
+    source: RowStream
     held_out: Sequence[Example]
 
 

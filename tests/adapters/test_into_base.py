@@ -151,6 +151,14 @@ def test_a_wider_dtype_keeps_all_of_the_delta(tmp_path: Path) -> None:
         merge_into_base(base, factors, tmp_path / "small", np.dtype(np.float16))
 
 
+def test_an_index_beside_a_whole_file_is_not_copied_without_its_shards(tmp_path: Path) -> None:
+    base = _sharded(tmp_path / "base")
+    shutil.copyfile(LLAMA / "model" / "model.safetensors", base / "model.safetensors")
+    merge_into_base(base, _parts(), tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"LICENSE.txt", "config.json", "model.safetensors", "tokenizer.json"}
+
+
 def test_bases_that_do_not_fit_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     factors = _parts()
     base = _sharded(tmp_path / "base")

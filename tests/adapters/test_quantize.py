@@ -95,6 +95,22 @@ def test_the_error_is_that_of_the_products() -> None:
     assert changes.error == pytest.approx(math.sqrt(changed / total), rel=1e-4)
 
 
+@pytest.mark.parametrize("exponents", [(0, 0), (60, 60), (-60, -60), (126, -126), (-20, 100)])
+def test_the_error_does_not_depend_on_how_large_weights_are(exponents: tuple[int, int]) -> None:
+    """Squares of their squares are beyond what float32 holds."""
+    random = np.random.default_rng(3)
+    given_ = [np.clip(random.normal(size=(4, 64)), -1.9, 1.9).astype(np.float32) for _ in range(2)]
+    rounded = [quantize(x, "int8", F32).numbers for x in given_]
+    plain, found = Changes(), Changes()
+    plain.add(given_, rounded, np.float32(1))
+    sized = [
+        [np.ldexp(x, power) for x, power in zip(side, exponents, strict=True)]
+        for side in (given_, rounded)
+    ]
+    found.add(*sized, np.float32(2.0**100))
+    assert found.error == pytest.approx(plain.error, rel=1e-4) and found.error > 1e-3
+
+
 def test_nothing_changes_nothing() -> None:
     changes = Changes()
     zeros = [np.zeros((2, 32), np.float32)] * 2

@@ -134,6 +134,15 @@ test_writer.write_adapter(Path({str(tmp_path / "out")!r}), test_writer.ONE, None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*FILES]
 
 
+def test_what_a_link_in_the_partial_folder_s_place_names_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    (tmp_path / ".out.partial").symlink_to("mine")
+    with pytest.raises(ConfigError, match=r"cannot write .*out"):
+        write_adapter(tmp_path / "out", ONE, None)
+    assert (tmp_path / "mine" / "file").exists() and not (tmp_path / "out").exists()
+
+
 def test_two_writers_of_one_folder_do_not_meet(tmp_path: Path) -> None:
     script = f"""
 import sys

@@ -83,6 +83,7 @@ def test_cases_have_the_limits_of_the_configurations() -> None:
             assert (case.rows, case.tokens) == (64, 2048)
             assert case.positions == llama.model.max_model_len == 8192
             assert case.max_rank == llama.adapters.max_rank
+            assert case.max_composed == llama.adapters.max_composed > 1
         assert case.layers == 4
         assert POOL_BYTES[case.model] > 2**32, "offsets must not fit in 32 bits"
     every = {case.model: case.layers for case in all_cases(all_layers=True) if case.what == "step"}

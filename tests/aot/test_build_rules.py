@@ -45,6 +45,15 @@ def test_a_step_of_many_tokens_sends_so_many_times_more() -> None:
     assert [32 * size for size in sizes[0]] == sizes[1]
 
 
+def test_ranks_of_composed_adapters_are_each_rounded_up_to_the_devices() -> None:
+    """Of 6 ranks in 3 adapters on 4 devices, 2 + 2 + 2 take 4 + 4 + 4."""
+    inside, _ = rules.collectives(replace(FULLY, max_composed=3))
+    assert inside == {
+        SUM: 2.0, f"all-gather {3 * 64 * 12 * 4}": 1.0, f"all-gather {2 * 64 * 12 * 4}": 1.0,
+        f"all-reduce {64 * 12 * 4}": 2.0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -204,7 +204,7 @@ def test_what_concerns_one_host_need_not_agree(tmp_path: Path) -> None:
         ("scheduler", {"max_running": 8}, "scheduler.max_running is 64 .* and 8 on process 1"),
         ("adapters", {"roots": ["/a", "/b"]}, "adapters.roots is 0 .* and 2 on process 1"),
         ("adapters", {"host_cache_bytes": "2GiB"}, r"adapters\.host_cache_bytes is \d+ on .* 2147"),
-        ("adapters", {"storage": "int8"}, r'adapters\.storages is .*"full".* and .*"int8".*'),
+        ("adapters", {"storage_of": {"a": "int8"}}, r'adapters\.storages is \["full"\] .*"int8".*'),
         ("mesh", {"model": 4}, "mesh.model"),
         ("kernels", "reference", "kernels"),
     ],
@@ -232,7 +232,8 @@ VALUES: dict[str, dict[str, list[Any]]] = {
     },
     "adapters": {
         "roots": [["/a"], ["/b"]], "max_rank": [8, 64], "host_cache_bytes": ["2GiB", "4GiB"],
-        "disk_cache_bytes": ["2GiB", "4GiB"],
+        "disk_cache_bytes": ["2GiB", "4GiB"], "storage": ["full", "int4"],
+        "storage_of": [{"a": "full", "b": "int4"}],
     },
     "mesh": {"lora": ["auto", "no_collective", "fully_sharded"]},
 }  # fmt: skip
@@ -261,6 +262,24 @@ def test_hosts_that_agree_plan_alike(
         found.append((agreement(loaded, None), plan))
     for (mine, plan), (theirs, other) in itertools.pairwise(found):
         assert plan == other or differences(mine, theirs, 1)
+
+
+def test_how_most_adapters_are_stored_must_agree() -> None:
+    """By it the split is chosen, also where all hosts compile for the same ways of storing."""
+    found = []
+    for storage in ("full", "int4"):
+        data = BASE | {
+            "distributed": GROUP, "mesh": {"model": 2}, "pool": {"pages": 300},
+            "scheduler": {"max_running": 8},
+            "adapters": {"storage": storage, "storage_of": {"a": "full", "b": "int4"}},
+        }  # fmt: skip
+        loaded = config.parse(data)
+        plan = plan_memory(loaded, MODEL, 40 * 2**30, processes=2)
+        found.append((agreement(loaded, None), plan.split.fully))
+    (mine, one), (theirs, other) = found
+    assert one != other
+    (difference,) = differences(mine, theirs, 1)
+    assert re.match(r'adapters\.storage is "full" .* and "int4"', difference), difference
 
 
 def test_the_models_files_must_agree_to_the_byte(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_points_are_counted_beforehand() -> None:
 
     assert planned("lora:reference") == [("lora", 4)]
     assert planned("baselines:reference") == [("baseline", 2)]
-    assert planned("correctness:reference") == [("correctness", 20)]
+    assert planned("correctness:reference") == [("correctness", 28)]
 
 
 def test_without_lora_no_lora_is_in_the_step() -> None:
@@ -185,7 +185,7 @@ def write(path: Path, case: dict[str, Any], scale: float = 1.0) -> None:
 
     sizes = Sizes(
         pages=64, page_size=8, max_running=8, max_step_tokens=8, max_model_len=64, max_rank=8,
-        dtype=jnp.dtype("float32"),
+        max_composed=case["max_composed"], dtype=jnp.dtype("float32"),
     )  # fmt: skip
     catalog = Catalog(
         replace(TINY_MODEL, layers=case["layers"]), sizes, Kernels("reference", "reference", "cuda")
@@ -203,7 +203,7 @@ def write(path: Path, case: dict[str, Any], scale: float = 1.0) -> None:
 CASE = {
     "what": "step", "model": "llama3-8b", "phase": "decode", "kernels": "reference", "lora": True,
     "devices": 1, "layers": 2, "rows": 8, "tokens": 8, "positions": 64, "max_rank": 8,
-    "page_size": 8,
+    "max_composed": 2, "page_size": 8,
 }  # fmt: skip
 
 

@@ -9,9 +9,12 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from light_engine import LIMITS, STACKS, Job, LightEngine
 from short_answers import expect_short_answers
+from waiting_sequences import make_sequence
 
 from jslora.adapters.version import Version
 from jslora.errors import InvalidRequest, JsloraError, Overloaded, RateLimited
+from jslora.request import Scaled
+from jslora.schedule.policies import COMPOSITIONS, Policies
 from jslora.schedule.queue import Policy
 from jslora.schedule.scheduler import PREFETCH
 from jslora.schedule.sequence import Sequence
@@ -372,3 +375,21 @@ def test_the_preempted_come_back_before_all_whom_the_policies_prefer(
     again = order.index("2")
     assert again <= 2 * order.count("2") and order[0] == "2"
     engine.check_nothing_left()
+
+
+# What clients can make up ------------------------------------------------------------------------
+
+
+def test_no_client_makes_endless_groups_of_compositions() -> None:
+    policies, numbers = Policies(SchedulerSection(policy=["fair_adapters"]), 100), set()
+    for n in range(2 * COMPOSITIONS):
+        sequence = make_sequence(n)
+        named = (Scaled(f"a{n}"), Scaled("b"))
+        sequence.request = replace(sequence.request, adapters=named)
+        policies.queue(sequence, 1, 0.0)
+        numbers.add(sequence.adapter)
+        policies.withdraw(sequence)
+    assert COMPOSITIONS / 2 < len(numbers) <= COMPOSITIONS
+    alone = make_sequence(n + 1, adapter="b")
+    policies.queue(alone, 1, 0.0)
+    assert alone.adapter not in numbers

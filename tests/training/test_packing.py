@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jslora.training.data import Example
-from jslora.training.packing import Rows, batch_of, held_out_batches, pack
+from jslora.training.packing import RowStream, batch_of, held_out_batches, pack
 
 
 def example(number: int, size: int) -> Example:
@@ -21,7 +21,7 @@ sizes = st.lists(st.integers(1, 32), min_size=1, max_size=80)
 @settings(deadline=None)
 def test_an_epoch_holds_every_example_once(lengths: list[int], seed: int, epoch: int) -> None:
     examples = [example(i, size) for i, size in enumerate(lengths, start=1)]
-    rows = Rows(examples, 32, seed).epoch(epoch)
+    rows = RowStream(examples, 32, seed).epoch(epoch)
     assert all(0 < sum(map(len, row)) <= 32 for row in rows)
     found = sorted(int(each.tokens[0]) for row in rows for each in row)
     assert found == list(range(1, len(lengths) + 1))
@@ -31,13 +31,13 @@ def test_an_epoch_holds_every_example_once(lengths: list[int], seed: int, epoch:
 @settings(deadline=None)
 def test_rows_can_be_asked_for_from_anywhere(lengths: list[int], first: int, count: int) -> None:
     examples = [example(i, size) for i, size in enumerate(lengths)]
-    straight = Rows(examples, 32, 5).take(0, first + count)[first:]
-    resumed = Rows(examples, 32, 5).take(first, count)
+    straight = RowStream(examples, 32, 5).take(0, first + count)[first:]
+    resumed = RowStream(examples, 32, 5).take(first, count)
     assert [[id(e) for e in row] for row in straight] == [[id(e) for e in row] for row in resumed]
 
 
 def test_the_endless_rows_are_the_epochs_in_turn() -> None:
-    rows = Rows([example(i, 9) for i in range(10)], 32, 0)
+    rows = RowStream([example(i, 9) for i in range(10)], 32, 0)
     epochs = [rows.epoch(0), rows.epoch(1), rows.epoch(2)]
     assert rows.take(0, sum(map(len, epochs))) == [row for epoch in epochs for row in epoch]
     assert epochs[0] != epochs[1]

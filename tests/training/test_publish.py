@@ -92,11 +92,18 @@ def test_a_server_that_is_not_there_is_told(listener: Listener) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "ftp://host", "http://", "http://host:port", "http://u:p@host"]
+    "url", ["", "localhost:8000", "ftp://host", "http://", "http://host:port", "http://h/\u00e9"]
 )
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"expected|no URL"):
         Server(url).check()
+
+
+@pytest.mark.parametrize("user", ["user:hidden", ":hidden", "hidden"])
+def test_a_secret_in_a_url_is_refused_and_not_told(user: str) -> None:
+    with pytest.raises(ConfigError, match="expected") as told:
+        Server(f"http://{user}@127.0.0.1:1").check()
+    assert "hidden" not in str(told.value)
 
 
 def test_the_key_comes_from_the_variable_that_is_named() -> None:
@@ -105,3 +112,7 @@ def test_the_key_comes_from_the_variable_that_is_named() -> None:
     for environment in ({}, {"KEY": " "}):
         with pytest.raises(ConfigError, match="environment variable KEY"):
             key_from(environment, "KEY")
+    for key in ("two\nlines", "caf\u00e9 \u20ac", "a\0b"):
+        with pytest.raises(ConfigError, match="environment variable KEY") as told:
+            key_from({"KEY": key}, "KEY")
+        assert key not in str(told.value)

@@ -1,7 +1,9 @@
 """A run goes on from where it was killed, over any number of devices; what is wrong is named."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +23,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from jslora.adapters.peft import Limits, read_adapter
 from jslora.errors import ConfigError
 from jslora.fetch import load_config
+from jslora.new_folder import locked
 from jslora.progress import silent
 from jslora.training.config import parse
-from jslora.training.run import Report, make_mesh, train
+from jslora.training.run import Report, make_mesh, prepare, train
 
 REPOSITORY = Path(__file__).parents[2]
+QUIET = Report(lambda line: None, lambda done, step: None, silent)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,9 @@ def test_rows_are_divided_over_devices(config: dict[str, Any], model: Path) -> N
         ({"adapters": {"one": {"data": "nowhere.jsonl"}}}, "cannot read nowhere.jsonl"),
         ({"adapters": {"one": {"learning_rate": 1e38, "clip": None}}}, "loss of step [23] is nan"),
         ({"adapters": {"../up": {}}}, "adapters"),
+        ({"adapters": {"checkpoints": {}}}, "adapters: .*checkpoints is something else in `out`"),
+        ({"adapters": {"losses.jsonl": {}}}, r"adapters: .*losses\.jsonl is something else"),
+        ({"adapters": {"one": {"alpha": math.inf}}}, r"adapters\.one\.alpha.*finite"),
         ({"adapters": {}}, "adapters"),
     ],
 )
@@ -144,6 +151,46 @@ def test_what_is_wrong_is_named_and_no_adapter_is_written(
     with pytest.raises(ConfigError, match=message):
         in_process({**config, **change})
     assert not (Path(config["out"]) / "one").exists()
+
+
+def test_two_runs_do_not_share_checkpoints(config: dict[str, Any]) -> None:
+    folder = Path(config["out"]) / "checkpoints"
+    folder.mkdir(parents=True)
+    with locked(folder), pytest.raises(ConfigError, match="another process is writing checkpoints"):
+        in_process(config)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_only_the_adapter_that_diverges_is_blamed_and_it_is_not_kept(
+    config: dict[str, Any], every: int
+) -> None:
+    """Its factors make the losses of all the others not a number either."""
+    config["adapters"]["two"] |= {"learning_rate": 1e38, "weight_decay": 100.0}
+    config["checkpoints"]["every"] = every
+    with pytest.raises(ConfigError, match=r"^adapters\.two: .* after step 1 are not finite"):
+        in_process(config)
+    assert [path.name for path in (Path(config["out"]) / "checkpoints").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("changed", ["held-out.jsonl", "config.json", "model.safetensors"])
+def test_a_run_does_not_go_on_with_other_files(
+    config: dict[str, Any], model: Path, tmp_path: Path, changed: str
+) -> None:
+    """Of the base, or of what is held out, which says how long examples are."""
+    base = Path(shutil.copytree(model, tmp_path / "base"))
+    held_out = Path(shutil.copy(config["defaults"]["data"], base / "held-out.jsonl"))
+    config["model"]["source"], config["adapters"] = str(base), {"one": {}}
+    config["defaults"] |= {"held_out": str(held_out), "steps": 1}
+    trainer, checkpoints = prepare(parse(config), QUIET)
+    checkpoints.save(trainer.start())
+    checkpoints.close()
+    prepare(parse(config), QUIET)[1].close()
+    data = bytearray((base / changed).read_bytes())
+    data[-1:] = b"\1" if changed == "model.safetensors" else data[-1:] + b"\n"
+    (base / changed).write_bytes(data)
+    with pytest.raises(ConfigError, match="another configuration"):
+        prepare(parse(config), QUIET)
 
 
 def test_more_devices_than_there_are() -> None:

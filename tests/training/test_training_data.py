@@ -79,6 +79,16 @@ def test_every_turn_follows_what_a_request_for_it_sends(tmp_path: Path, smol: To
         assert example.tokens[: len(request) + len(answer)].tolist() == [*request, *answer]
 
 
+def test_a_turn_that_nothing_asked_for_is_read_but_not_learnt(
+    tmp_path: Path, smol: Tokenizer
+) -> None:
+    greeting = {"role": "assistant", "content": "Welcome!"}
+    line = {"messages": [greeting, *chat("Hi", "Arr!")["messages"]]}
+    (example,) = read(file_of(tmp_path, line), smol, [END], 128).examples
+    assert learnt(example) == [[*smol.encode("Arr!"), END]]
+    assert "Welcome!" in smol.decode(example.tokens)
+
+
 def test_spaces_of_sentencepiece_stay_with_their_words(tmp_path: Path, spm: Tokenizer) -> None:
     line = chat("the sea", "the ship", "and", "the sky")
     (example,) = read(file_of(tmp_path, line), spm, [END], 128).examples
@@ -130,6 +140,8 @@ def test_a_first_token_alone_cannot_be_learnt(tmp_path: Path, smol: Tokenizer) -
         ({"messages": [3]}, r"messages\[0\] is 3; an object"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
         (chat("Hi"), "nothing to learn"),
+        ({"messages": chat("Hi", "Arr")["messages"][1:]}, "nothing to learn"),
+        ({f"key {i}": 0 for i in range(99)}, r"the keys are \['key 0', .{,200}$"),
         (chat("Hi", "\n\nArr"), r"messages\[1\]: .* begin it without line ends"),
     ],
 )

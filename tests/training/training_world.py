@@ -15,7 +15,7 @@ from jslora.training.adapters import Columns, plan
 from jslora.training.config import AdapterSection, BatchSection
 from jslora.training.data import Example
 from jslora.training.layers import Model
-from jslora.training.packing import Row, Rows
+from jslora.training.packing import Row, RowStream
 from jslora.training.run import make_mesh
 from jslora.training.trainer import State, Task, Trainer
 
@@ -66,7 +66,7 @@ def drawn_task(seed: int, length: int, **wishes: Any) -> Task:
         tokens = ((rng.integers(256) + (3 + seed) * np.arange(n)) % 256).astype(np.int32)
         examples.append(Example(tokens, np.arange(n) >= n // 3))
     own = section(seed=seed, **wishes)
-    return Task(own, Rows(examples[:9], length, seed), examples[9:])
+    return Task(own, RowStream(examples[:9], length, seed), examples[9:])
 
 
 def run(trainer: Trainer, steps: int, state: State | None = None) -> tuple[State, list[Any]]:

@@ -15,6 +15,7 @@ from jslora.adapters.tools.low_rank import (
     distance,
     norm,
     relative_error,
+    share,
     smallest_rank,
     svd,
     truncated,
@@ -75,7 +76,7 @@ def total_error(layers: Sequence[Fitted]) -> float:
     """The same share of the deltas of all layers together."""
     whole = math.hypot(*(layer.norm for layer in layers))
     off = math.hypot(*(layer.off for layer in layers))
-    return off / whole if whole > 0 else (math.inf if off > 0 else 0.0)
+    return share(off, whole)
 
 
 def _fit(target: Target, meant: Factors, dtype: np.dtype | None, error: float | None) -> Factors:
@@ -106,7 +107,7 @@ def _cast(target: Target, factors: Factors, a: np.dtype, b: np.dtype) -> Factors
 
 def _measured(target: Target, meant: Factors, made: Factors) -> Fitted:
     off, whole = distance(meant, made), norm(meant)
-    error = off / whole if whole > 0 else (math.inf if off > 0 else 0.0)
     return Fitted(
-        *target, rank_before=len(meant.a), rank=len(made.a), error=error, norm=whole, off=off
-    )
+        *target, rank_before=len(meant.a), rank=len(made.a), error=share(off, whole), norm=whole,
+        off=off,
+    )  # fmt: skip

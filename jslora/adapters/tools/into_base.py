@@ -7,7 +7,6 @@ One shard is in memory at a time. Host only: no jax.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from jslora.adapters.peft import Factors
 from jslora.adapters.targets import module_key
 from jslora.adapters.tools.fit import Fitted
+from jslora.adapters.tools.low_rank import share
 from jslora.adapters.writer import Target, as_stored
 from jslora.errors import AdapterRejected, ModelError
 from jslora.files import read_json
@@ -137,9 +137,8 @@ def _added(
             f"layer {layer}'s {module} with the adapter added is too large for {dtype.name}"
         )
     lost, whole = float(np.linalg.norm(off)), float(np.linalg.norm(delta))
-    error = lost / whole if whole > 0 else (math.inf if lost > 0 else 0.0)
     return merged, Fitted(
-        layer, module, rank_before=len(a), rank=0, error=error, norm=whole, off=lost
+        layer, module, rank_before=len(a), rank=0, error=share(lost, whole), norm=whole, off=lost
     )
 
 
@@ -153,4 +152,6 @@ def _say_dtype(folder: Path, dtype: np.dtype) -> None:
 
 def _beside_tensors(base: Path) -> list[Path]:
     found = {path for pattern in COPIED for path in base.glob(pattern) if path.is_file()}
+    if (base / "model.safetensors").exists():
+        found.discard(base / INDEX)  # of shards that are not read
     return sorted(found)

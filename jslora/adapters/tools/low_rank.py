@@ -6,6 +6,7 @@ the triangular factors of QR decompositions, which hold everything of a product 
 Van Loan, "Matrix Computations", section 5.4, of a tall matrix). Host only: no jax.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +39,13 @@ def distance(one: Factors, other: Factors) -> float:
 
 
 def relative_error(meant: Factors, made: Factors) -> float:
-    """‖Δ_made − Δ_meant‖ / ‖Δ_meant‖; of a delta that is zero, 0 or infinite."""
-    off, whole = distance(meant, made), norm(meant)
-    return off / whole if whole > 0 else (np.inf if off > 0 else 0.0)
+    """‖Δ_made − Δ_meant‖ / ‖Δ_meant‖."""
+    return share(distance(meant, made), norm(meant))
+
+
+def share(off: float, whole: float) -> float:
+    """off / whole; of a whole that is zero, 0 or infinite."""
+    return off / whole if whole > 0 else (math.inf if off > 0 else 0.0)
 
 
 def svd(factors: Factors) -> Svd:

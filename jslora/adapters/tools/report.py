@@ -33,10 +33,10 @@ def inspect(
         AdapterRejected: see `read_adapter` and `pack`.
         ConfigError: the model's rows cannot be stored so.
     """
-    check_rows(AdaptersSection(storage=storage), model, ONE_DEVICE, 8 * dtype.itemsize)
+    word_bits = 8 * dtype.itemsize
+    check_rows(AdaptersSection(storage=storage), model, ONE_DEVICE, word_bits)
     adapter = read_named(folder, model, limits)
     outline, page = adapter.outline(model), ONE_DEVICE.page_numbers(model, PAGE_SIZE)
-    word_bits = 8 * dtype.itemsize
     layout = lay_out(outline.rank, outline.scale, model, page, storage=storage, word_bits=word_bits)
     packed = pack(adapter, model, page, dtype, storage=storage)
     source = Source(folder, folder.parent, outline, storage)
