@@ -62,7 +62,7 @@ ALL = pytest.mark.parametrize("implementation", ["reference", "pallas", *["trito
 
 
 @pytest.mark.skipif(HERE, reason="this is that process")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_over_four_devices() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
