@@ -16,9 +16,13 @@ def compose(asked: Iterable[tuple[str, float]], most: int) -> tuple[Scaled, ...]
     """The adapters of a request and their scales, as it carries them.
 
     Raises:
-        InvalidRequest: there are more than `most`, one is there twice, or a scale is not a number
-            from 0 to `MAX_SCALE`.
+        InvalidRequest: there are more than `most`, one is there twice, a name is no text, or a
+            scale is not a number from 0 to `MAX_SCALE`.
     """
+    asked = list(asked)
+    for name, _ in asked:
+        if not isinstance(name, str):
+            raise InvalidRequest(f"{name!r} is no adapter's name", param="adapters")
     found = sorted(Scaled(name, _scale(name, scale)) for name, scale in asked)
     if len(found) > most:
         raise InvalidRequest(

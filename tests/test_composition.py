@@ -223,6 +223,7 @@ def test_sums_take_turns_where_few_adapters_fit(
         ({"r5": True}, InvalidRequest, "True"),
         ({"r5": "1"}, InvalidRequest, "'1'"),
         (["r5"], InvalidRequest, "a name or scales"),
+        ({1: 0.5, "r5": 1.0}, InvalidRequest, "1 is no adapter's name"),
         ({name: 1.0 for name in ADAPTERS[:5]}, InvalidRequest, "5 adapters"),
         ({name: 0.5 for name in WIDEST}, InvalidRequest, "make 85.*together may have 84"),
         ({"r5": 1.0, "nobody": 1.0}, UnknownModel, "nobody"),
