@@ -271,6 +271,8 @@ def _register(store: AdapterStore, config: EngineConfig, progress: Progress) -> 
     if config.adapters.preload == "none":
         return
     found = store.discover()
+    for name in sorted(config.adapters.storage_of.keys() - found.keys()):
+        log.warning("adapters.storage_of names %s, of which the roots have no folder yet", name)
     names = list(found) if config.adapters.preload == "all" else config.adapters.preload
     progress("adapters", 0, len(names), "")
     for done, name in enumerate(names, start=1):

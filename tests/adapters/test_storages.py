@@ -10,8 +10,10 @@ from stores import Stores, blob_of, make_folder, poll, version_of
 
 from jslora.adapters.storages import check_blocks, check_rows, storages
 from jslora.adapters.version import stored_digest
-from jslora.config import AdaptersSection
+from jslora.build import _register
+from jslora.config import AdaptersSection, parse
 from jslora.errors import ConfigError
+from jslora.progress import silent
 from jslora.split import Split
 
 WIDE = dataclasses.replace(MODEL, hidden=64, heads=4, kv_heads=2, head_dim=32, feed_forward=96)
@@ -96,3 +98,14 @@ def test_kernels_refuse_rows_of_narrow_blocks_by_name() -> None:
         check_blocks(section, WIDE, Split(), 16, page=1024)
     wide = dataclasses.replace(WIDE, hidden=128, head_dim=64, feed_forward=384)
     check_blocks(section, wide, Split(), 16, page=2048)
+
+
+def test_a_name_that_the_roots_do_not_have_is_told_at_the_start(
+    stores: Stores, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(stores.root, "a")
+    adapters = {"storage_of": {"a": "int8", "typo": "int4"}}
+    config = parse({"model": {"source": "m"}, "adapters": adapters})
+    _register(stores(storage_of=config.adapters.storage_of), config, silent)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["adapters.storage_of names typo, of which the roots have no folder yet"]
