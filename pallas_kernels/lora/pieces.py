@@ -32,7 +32,6 @@ LARGEST = {"int8": 127, "int4": 7}
 _LEAST_GROUP = {"int8": 128, "int4": 48}
 """Columns of a group at least, unless a row is shorter: few scales for 8 bits, fit ones for 4."""
 
-
 _LONGEST_PIECE = 512  # words of a row of integers
 
 
