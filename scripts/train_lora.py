@@ -19,6 +19,7 @@ from tqdm import tqdm
 from jslora.errors import ConfigError, JsloraError, ModelError
 from jslora.server.bars import Bars
 from jslora.training.config import load
+from jslora.training.heap import keep_freed_memory
 from jslora.training.publish import Server, key_from
 from jslora.training.run import Report, train
 from jslora.training.trainer import Step
@@ -41,6 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.publish_key and not options.publish:
         parser.error("--publish-key is of the server that --publish names")
+    keep_freed_memory()
     try:
         _run(options)
     except KeyboardInterrupt:

@@ -11,11 +11,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jax import lax
+from jaxtyping import Array, Float, Int32
 
 from jslora.training.products import dot
 
-_TILE = 128
+# Queries of a tile, as long as rows do not need more tiles than that: each is compiled on its own.
+_TILE = 64
+_TILES = 32
 _NEVER = -1e30
 
 
@@ -43,12 +46,12 @@ def _forward(
     queries, keys, values = _by_head(q, k.shape[2]), _by_head(k), _by_head(v)
     outs, sums = [], []
     for first, start, end in _tiles(q.shape[1], longest):
-        own, seen = queries[..., start:end, :], _seen(segment, first, start, end)
-        scores = _scores(own, keys[:, :, first:end], seen)
+        own, mask = queries[..., start:end, :], _mask(segment, first, start, end)
+        scores = _scores(own, keys[:, :, first:end], mask)
         top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        out = _weighted(weights.astype(q.dtype), values[:, :, first:end]) / total
+        weights = jnp.exp(scores - top).astype(q.dtype)
+        total = weights.astype(jnp.float32).sum(-1, keepdims=True)
+        out = _weighted(weights, values[:, :, first:end]) / total
         outs.append(out.astype(q.dtype))
         sums.append(top + jnp.log(total))
     out, log_sum = jnp.concatenate(outs, 3), jnp.concatenate(sums, 3)
@@ -63,7 +66,7 @@ def _backward(longest: int, kept: tuple[Array, ...], g: Array) -> tuple[Array, A
     for first, start, end in _tiles(q.shape[3], longest):
         own, keys, values = q[..., start:end, :], k[:, :, first:end], v[:, :, first:end]
         g_own = g[..., start:end, :]
-        scores = _scores(own, keys, _seen(segment, first, start, end))
+        scores = _scores(own, keys, _mask(segment, first, start, end))
         weights = jnp.exp(scores - log_sum[..., start:end, :])
         slopes = dot("bkgtd,bksd->bkgts", g_own, values) - mean[..., start:end, :]
         slopes = (weights * slopes * _scale(q)).astype(q.dtype)
@@ -79,22 +82,25 @@ attention.defvjp(_forward, _backward)
 
 def _tiles(length: int, longest: int) -> list[tuple[int, int, int]]:
     """(first key, first query, end of both) of each tile of queries."""
-    starts = range(0, length, _TILE)
-    back = -(-(longest - 1) // _TILE) * _TILE
-    return [(max(0, start - back), start, min(start + _TILE, length)) for start in starts]
+    tile = max(_TILE, -(-length // _TILES))
+    back = -(-(longest - 1) // tile) * tile
+    starts = range(0, length, tile)
+    return [(max(0, start - back), start, min(start + tile, length)) for start in starts]
 
 
-def _seen(segment: Int32[Array, "B T"], first: int, start: int, end: int) -> Bool[Array, "B t S"]:
-    """Which keys a query may see."""
+def _mask(segment: Int32[Array, "B T"], first: int, start: int, end: int) -> Float[Array, "B t S"]:
+    """What is added to a score: nothing where a query may see the key, else `_NEVER`."""
     same = segment[:, start:end, None] == segment[:, None, first:end]
-    return same & (jnp.arange(start, end)[:, None] >= jnp.arange(first, end))
+    seen = same & (jnp.arange(start, end)[:, None] >= jnp.arange(first, end))
+    # Made once for all heads: fused into what reads it, comparing takes longer than exponentials.
+    return lax.optimization_barrier(jnp.where(seen, 0.0, _NEVER))
 
 
 def _scores(
-    q: Float[Array, "B K G t D"], k: Float[Array, "B K S D"], seen: Bool[Array, "B t S"]
+    q: Float[Array, "B K G t D"], k: Float[Array, "B K S D"], mask: Float[Array, "B t S"]
 ) -> Float[Array, "B K G t S"]:
-    """Scaled, with keys that a query may not see at `_NEVER`."""
-    return jnp.where(seen[:, None, None], dot("bkgtd,bksd->bkgts", q, k) * _scale(q), _NEVER)
+    """Scaled and masked."""
+    return dot("bkgtd,bksd->bkgts", q, k) * _scale(q) + mask[:, None, None]
 
 
 def _scale(q: Array) -> float:

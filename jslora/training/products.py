@@ -6,7 +6,7 @@ weights, for which a CPU has no fast instruction (four times slower with AMX), a
 all.
 """
 
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def _shrink_forward(x: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
 def _shrink_backward(kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, a = kept
     g = g.astype(x.dtype)
-    return dot("tc,ci->ti", g, a).astype(x.dtype), dot("tc,ti->ci", g, x)
+    return dot("tc,ci->ti", g, a).astype(x.dtype), _over_tokens(g, x)
 
 
 shrink.defvjp(_shrink_forward, _shrink_backward)
@@ -45,9 +45,6 @@ def adapted(
 ) -> Float[Array, "T out"]:
     """The sum of x·Wᵀ and deltas z·B, finished; `w` has no gradient.
 
-    One product of [x z] and [W Bᵀ]: beside a copy of W the sums of all tokens are large, and this
-    way they are written once, not three times.
-
     Args:
         low: (z, B), `z` in the dtype of activations; None where there are no deltas.
         stream: what a RESIDUAL is added to.
@@ -58,13 +55,14 @@ def adapted(
 def _adapted_forward(
     finish: Finish, x: Array, w: Array, low: tuple[Array, Array] | None, stream: Array | None
 ) -> tuple[Array, tuple[Array, tuple[Array, Array] | None, Array | None]]:
+    y = dot("ti,oi->to", x, w)
     if low is not None:
         low = low[0], low[1].astype(w.dtype)
-        x = jnp.concatenate([x, low[0]], axis=1)
-    y = dot("ti,oi->to", x, _joined(w, low))
+        y = y + dot("tc,co->to", low[0], low[1])
     # In the activations' dtype the halves take a third of the memory of what SiLU's own gradient
-    # would keep.
+    # would keep, and the sum is made once.
     halves = y.astype(w.dtype) if finish is Finish.GATED else None
+    y = y if halves is None else halves.astype(y.dtype)
     return finish_sum(y, finish, stream, w.dtype), (w, low, halves)
 
 
@@ -72,32 +70,34 @@ def _adapted_backward(
     finish: Finish, kept: tuple[Array, tuple[Array, Array] | None, Array | None], g: Array
 ) -> tuple[Array, None, tuple[Array, Array] | None, Array | None]:
     w, low, halves = kept
-    # One part for each half of a gated sum: joined they would be copied, and no product needs it.
-    parts = [g.astype(w.dtype)] if halves is None else _gated_gradient(halves, g)
-    weights = jnp.split(_joined(w, low), len(parts))
-    both = reduce(
-        jnp.add, [dot("to,oi->ti", part, own) for part, own in zip(parts, weights, strict=True)]
-    ).astype(w.dtype)
-    dx, dz = jnp.split(both, [w.shape[1]], axis=1)
+    g_sum = g.astype(w.dtype) if halves is None else _gated_gradient(halves, g)
+    dx = dot("to,oi->ti", g_sum, w).astype(w.dtype)
     of_low = None
     if low is not None:
-        of_low = dz, jnp.concatenate([dot("tc,to->co", low[0], part) for part in parts], axis=1)
+        z, b = low
+        of_low = dot("to,co->tc", g_sum, b).astype(z.dtype), _over_tokens(z, g_sum)
     return dx, None, of_low, g if finish is Finish.RESIDUAL else None
 
 
 adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
-def _joined(w: Array, low: tuple[Array, Array] | None) -> Float[Array, "out_all in_and_C"]:
-    return w if low is None else jnp.concatenate([w, low[1].T], axis=1)
+def _over_tokens(z: Float[Array, "T C"], x: Float[Array, "T i"]) -> Float[Array, "C i"]:
+    """zᵀ·x in float32."""
+    # Padded, the transposed factor is an array of its own. XLA:CPU would fold a bare transpose into
+    # the product, and has no bfloat16 product that sums over both first axes: three times slower.
+    C = z.shape[1]
+    return dot("ct,ti->ci", jnp.pad(z.T, ((0, 16 - C % 16), (0, 0))), x)[:C]
 
 
-def _gated_gradient(halves: Float[Array, "T two_F"], g: Float[Array, "T F"]) -> list[Array]:
-    """Gradients of gate and up, rounded, from that of SiLU(gate)·up."""
+def _gated_gradient(
+    halves: Float[Array, "T two_F"], g: Float[Array, "T F"]
+) -> Float[Array, "T two_F"]:
+    """That of gate and up side by side, rounded, from that of SiLU(gate)·up."""
     gate, up = (half.astype(jnp.float32) for half in jnp.split(halves, 2, axis=-1))
     wide, share = g.astype(jnp.float32), jax.nn.sigmoid(gate)
-    of_gate = wide * up * share * (1 + gate * (1 - share))
-    return [of_gate.astype(halves.dtype), (wide * gate * share).astype(halves.dtype)]
+    of_gate, of_up = wide * up * share * (1 + gate * (1 - share)), wide * gate * share
+    return jnp.concatenate([x.astype(halves.dtype) for x in (of_gate, of_up)], axis=1)
 
 
 def dot(spec: str, left: Array, right: Array) -> Array:

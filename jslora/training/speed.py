@@ -24,6 +24,7 @@ import numpy as np
 from jslora.errors import JsloraError
 from jslora.progress import silent
 from jslora.training.config import TrainConfig, load
+from jslora.training.heap import keep_freed_memory
 from jslora.training.layers import Model
 from jslora.training.run import Report, prepare
 from jslora.training.trainer import Trainer
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
     parser.add_argument("--batches", type=Path, required=True, help=".npz to write")
     options = parser.parse_args()
+    keep_freed_memory()
     quiet = Report(lambda line: None, lambda done, step: None, silent)
     try:
         config = load(options.config, options.set)
