@@ -19,9 +19,12 @@ class SplitRoom(Room):
     """`pages` and `prefix` are those of KV; `residency` has an allocator of its own."""
 
     def take(self, n: int, keep: Collection[str] = ()) -> list[int] | None:
-        if self.pages.free < n:
-            self.prefix.evict(self.prefix.leaving(n - self.pages.free, np.inf))
-        return self.pages.take(n)
+        given = self.prefix.surrender(max(n - self.pages.free, 0), np.inf)
+        free = self.pages.take(n - len(given))
+        if free is None:
+            self.pages.release(given)
+            return None
+        return free + given
 
     def take_free_run(self, n: int) -> list[int] | None:
         return self._adapters.take_free_run(n)

@@ -63,6 +63,10 @@ class PageAllocator:
         """Of each page, whether anything holds it; page 0 counts as held."""
         return self._count[:-1] != 0
 
+    def unused(self) -> Int[np.ndarray, " free"]:
+        """The free pages, lowest first."""
+        return np.flatnonzero(self._count == 0)
+
     def count(self, pages: Sequence[int]) -> Int32[np.ndarray, " n"]:
         """How many hold each of some pages."""
         return self._count[list(pages)]
@@ -71,16 +75,17 @@ class PageAllocator:
         """Count one more holder of each page."""
         self._add(pages, 1)
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Count one holder less of each page; a page without holders is free."""
+    def release(self, pages: Sequence[int]) -> Int32[np.ndarray, " n"]:
+        """Count one holder less of each page; a page without holders is free. How many are left."""
         at, left = self._add(pages, -1)
         freed = (-at[left == 0]).tolist()
         self.free += len(freed)
         for page in freed:
             heapq.heappush(self._heap, page)
         if len(self._heap) > 2 * self.total:
-            self._heap = [-int(page) for page in np.flatnonzero(self._count == 0)]
+            self._heap = (-self.unused()).tolist()
             heapq.heapify(self._heap)
+        return left
 
     def _add(
         self, pages: Sequence[int], n: int

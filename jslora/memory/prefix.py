@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jslora.memory.pages import PageAllocator
-from jslora.memory.worth import Clock, Kind, Numbers
+from jslora.memory.worth import Clock, Kind
 
 _GUESS = 0.02  # seconds to compute a page again, until it was measured
 
@@ -63,7 +63,7 @@ class PrefixCache:
         self._pages, self._clock = pages, clock
         self._entries: dict[bytes, _Entry] = {}
         self._by_page: dict[int, _Entry] = {}
-        self._idle: OrderedDict[int, _Entry] = OrderedDict()  # least recently used first
+        self._idle: OrderedDict[int, float] = OrderedDict()  # `since`, least recently used first
 
     def take(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest known beginning of `keys`, each held once more."""
@@ -106,28 +106,24 @@ class PrefixCache:
 
     def release(self, pages: Sequence[int]) -> None:
         """Hold pages once less; a published one stays, idle if nobody else holds it."""
-        self._pages.release(pages)
-        by_page, alone = self._by_page, self._pages.count(pages) == 1
-        idle = [p for p, once in zip(pages, alone.tolist(), strict=True) if once and p in by_page]
+        by_page, left = self._by_page, self._pages.release(pages)
+        idle = [p for p, n in zip(pages, left.tolist(), strict=True) if n == 1 and p in by_page]
         for page in reversed(idle):
-            self._idle[page] = by_page[page]
-            self.since[page] = self._clock.tick()
+            self._idle[page] = self.since[page] = self._clock.tick()
 
     @property
     def idle(self) -> int:
         """Pages that only the cache holds."""
         return len(self._idle)
 
-    def worth(self, since: Numbers) -> Numbers:
-        """What idle pages are worth by when they were last used."""
+    def worth(self, since: float) -> float:
+        """What an idle page is worth by when it was last used."""
         return since + self.kind.saved
 
     @property
     def oldest(self) -> float:
         """Since when the page is idle that is so longest; infinite if there is none."""
-        for page in self._idle:
-            return float(self.since[page])
-        return np.inf
+        return next(iter(self._idle.values()), np.inf)
 
     @property
     def least(self) -> float:
@@ -136,40 +132,49 @@ class PrefixCache:
 
     def evict(self, pages: Sequence[int]) -> None:
         """Free idle pages, one after the other."""
-        self._clock.advance(float(self._worths(pages).max(initial=0.0)))
-        self.kind.evicted(len(pages))
-        self.evictions += len(pages)
-        self._forget([self._idle[page] for page in pages])
+        for page in pages:
+            self._leaves(self._idle[page])
+        self._pages.release(self._forget(pages))
 
-    def leaving(self, most: int, worth: float) -> list[int]:
-        """Idle pages that are worth no more than `worth`, least first, `most` at most."""
-        first = list(islice(self._idle, most))
-        dear = np.flatnonzero(self._worths(first) > worth)
-        return first[: dear[0]] if len(dear) else first
+    def surrender(self, most: int, worth: float) -> list[int]:
+        """Evict idle pages that are worth no more than `worth`, least first, `most` at most.
 
-    def _worths(self, pages: Sequence[int]) -> np.ndarray:
-        """What pages are worth when each is evicted right after those before it."""
-        return self.since[list(pages)] + self.kind.falling(len(pages))
+        The caller holds them from now on, in the cache's place.
+        """
+        found: list[int] = []
+        for page, since in islice(self._idle.items(), most):
+            if self.worth(since) > worth:
+                break
+            self._leaves(since)
+            found.append(page)
+        return self._forget(found)
+
+    def _leaves(self, since: float) -> None:
+        """A page that is idle since then is evicted."""
+        self._clock.advance(self.worth(since))
+        self.kind.evicted()
+        self.evictions += 1
 
     def drop(self, digest: str) -> None:
         """Forget what was computed with an adapter that is gone."""
-        self._forget([entry for entry in self._entries.values() if digest in entry.digests])
+        gone = [page for page, entry in self._by_page.items() if digest in entry.digests]
+        self._pages.release(self._forget(gone))
 
     def clear(self) -> None:
         """The pool was lost: nothing is known any more."""
-        self._forget(list(self._entries.values()))
+        self._pages.release(self._forget(list(self._by_page)))
 
     def held(self) -> Iterator[list[int]]:
         """What the cache holds, for the ledger."""
         yield list(self._by_page)
 
-    def _forget(self, entries: Sequence[_Entry]) -> None:
-        for key, page, _ in entries:
-            del self._entries[key], self._by_page[page]
+    def _forget[Pages: Sequence[int]](self, pages: Pages) -> Pages:
+        """The same pages, which the cache held and does not know any more."""
+        for page in pages:
+            del self._entries[self._by_page.pop(page).key]
             self._idle.pop(page, None)
-        pages = [entry.page for entry in entries]
-        self.since[pages] = np.inf
-        self._pages.release(pages)
+        self.since[list(pages)] = np.inf
+        return pages
 
     def check(self) -> None:
         """Assert that the idle pages are those that only the cache holds."""

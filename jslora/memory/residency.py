@@ -25,7 +25,7 @@ from jslora.adapters.version import Version
 from jslora.batch import Placement
 from jslora.calls import Chunk
 from jslora.memory.pages import PageAllocator
-from jslora.memory.worth import Clock, Kind, Numbers
+from jslora.memory.worth import Clock, Kind
 
 WRITES_PER_STEP, WRITES_PER_SECOND = 16, 800
 """Uploaded chunks written into the pool between two steps: at least, and for a second of a step."""
@@ -280,9 +280,14 @@ class Residency:
         found = {r.version.digest: r for page in pages if (r := self._by_page.get(page))}
         return sorted(found.values(), key=lambda resident: resident.since)
 
-    def worth(self, since: Numbers) -> Numbers:
-        """What pages of idle adapters are worth by when they became idle (see `worth`)."""
+    def worth(self, since: float) -> float:
+        """What a page of an idle adapter is worth by when that became idle (see `worth`)."""
         return since + self.kind.saved * self._page_bytes
+
+    def oldest(self, keep: Collection[str]) -> float:
+        """Since when the adapter is idle that may leave first; infinite if none may."""
+        first = next(filterfalse(keep.__contains__, self._idle), None)
+        return np.inf if first is None else self._idle[first].since
 
     @property
     def least(self) -> float:

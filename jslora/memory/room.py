@@ -33,20 +33,21 @@ class Room:
         """`n` single pages; None if giving up all but the adapters in `keep` were not enough."""
         if not self._within_reach(n, keep):
             return None
-        leaving, adapter = self.residency.idle(keep), None
-        while (need := n - self.pages.free) > 0:
+        leaving, adapter, given = self.residency.idle(keep), None, list[int]()
+        while (need := n - self.pages.free - len(given)) > 0:
             worth = self.residency.least
             if self.prefix.least > worth:  # else none has to be looked for
                 adapter = adapter or next(leaving, None)
                 worth = self.residency.worth(adapter.since) if adapter else np.inf
-            cached = self.prefix.leaving(need, worth)
-            if cached:
-                self.prefix.evict(cached)
-            else:
+            cached = self.prefix.surrender(need, worth)
+            given += cached
+            if not cached:
                 assert adapter is not None, f"{need} pages lack that were within reach"
                 self.residency.evict(adapter)
                 adapter = None
-        return self.pages.take(n)
+        free = self.pages.take(n - len(given))
+        assert free is not None, f"{n} pages lack that were within reach"
+        return free + given
 
     def take_free_run(self, n: int) -> list[int] | None:
         """`n` consecutive pages if they are free already."""
@@ -87,19 +88,14 @@ class Room:
         """Of each page, what giving it up costs."""
         residents, prefix, residency = self.residency.residents, self.prefix, self.residency
         kept = [residents[digest].placement.pages for digest in keep if digest in residents]
-        cost = residency.worth(residency.since)
-        cost[[page for pages in kept for page in pages]] = np.inf
-        np.minimum(cost, prefix.worth(prefix.since), out=cost)
         # What all have in common would count large things twice.
-        cost -= min(self._oldest(keep), _NEVER) - _FEW
+        common = min(prefix.oldest, residency.oldest(keep), _NEVER) - _FEW
+        cost = residency.since + (residency.worth(0.0) - common)
+        cost[[page for pages in kept for page in pages]] = np.inf
+        np.minimum(cost, prefix.since + (prefix.worth(0.0) - common), out=cost)
         np.minimum(cost, _NEVER, out=cost)
-        cost *= self.pages.used()
+        cost[self.pages.unused()] = 0  # few, or there would be a run
         return cost
-
-    def _oldest(self, keep: Collection[str]) -> float:
-        """The clock when what is idle longest became idle, infinite if nothing is."""
-        adapter = next(self.residency.idle(keep), None)
-        return min(self.prefix.oldest, adapter.since if adapter else np.inf)
 
 
 def _cheapest(cost: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -> int | None:
@@ -117,11 +113,12 @@ def _cheapest(cost: np.ndarray, n: int, before: np.ndarray, after: np.ndarray) -
 
 def _windows(values: np.ndarray, n: int) -> np.ndarray:
     """Sums of `n` consecutive values, put together from sums of 1, 2, 4, ... of them."""
-    total = np.zeros(len(values) - n + 1)
-    sums, size, at = values, 1, 0
-    while at < n:
+    count, sums, size, at = len(values) - n + 1, values, 1, 0
+    total: np.ndarray | float = 0.0
+    while True:
         if n & size:
-            total += sums[at : at + len(total)]
+            total = sums[at : at + count] + total
             at += size
+        if at == n:
+            return np.asarray(total)
         sums, size = sums[:-size] + sums[size:], 2 * size
-    return total

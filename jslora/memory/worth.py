@@ -10,11 +10,6 @@ Host only: no jax.
 """
 
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-import numpy as np
-
-Numbers = TypeVar("Numbers", float, np.ndarray)
 
 _SLOWNESS = 0.01  # weight of the newest observation
 _TICK = 1e-9  # far less than anything saves
@@ -52,17 +47,8 @@ class Kind:
     def reused(self) -> None:
         self.chance += _SLOWNESS * (1 - self.chance)
 
-    def evicted(self, n: int = 1) -> None:
-        for _ in range(n):
-            self.chance -= _SLOWNESS * self.chance
-
-    def falling(self, n: int) -> np.ndarray:
-        """What `saved` is before each of the next `n` evictions, (n,)."""
-        found, chance = [], self.chance
-        for _ in range(n):
-            found.append(chance * self.seconds)
-            chance -= _SLOWNESS * chance
-        return np.array(found)
+    def evicted(self) -> None:
+        self.chance -= _SLOWNESS * self.chance
 
     def took(self, seconds: float) -> None:
         """Note how long restoring one unit took; the first measurement replaces the guess."""

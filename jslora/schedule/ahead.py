@@ -9,7 +9,7 @@ those that were passed over would fill the pool where the newest go first.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from collections.abc import Sequence as Seq
 
 from jslora.adapters.registration import Registration
@@ -42,7 +42,8 @@ class Ahead:
         self._reading: set[Registration] = set()
         self._waiting: Counter[Registration] = Counter()
         self._unread: set[Registration] = set()
-        self._digests: set[str] | None = set()  # of those that were read; None: to be made anew
+        self._read: dict[Registration, str] = {}  # digests of the others
+        self._digests: Counter[str] = Counter()
 
     def add(self, registrations: Iterable[Registration]) -> None:
         """One more waits that is bound to these adapters."""
@@ -58,17 +59,24 @@ class Ahead:
             if not self._waiting[registration]:
                 del self._waiting[registration]
                 self._unread.discard(registration)
-                self._digests = None
+                self._forget(self._read.pop(registration, None))
 
-    def digests(self) -> set[str]:
+    def _forget(self, digest: str | None) -> None:
+        """One registration less of those that wait has this digest."""
+        if digest is not None:
+            self._digests[digest] -= 1
+            if not self._digests[digest]:
+                del self._digests[digest]
+
+    def digests(self) -> Set[str]:
         """Adapters that are waited for, as far as their contents are known."""
-        if self._digests is None:
-            self._digests, self._unread = set(), set(self._waiting)
         for registration in [r for r in self._unread if r.version is not None]:
             assert registration.version is not None
-            self._digests.add(registration.version.digest)
+            digest = registration.version.digest
             self._unread.remove(registration)
-        return self._digests
+            self._read[registration] = digest
+            self._digests[digest] += 1
+        return self._digests.keys()
 
     def kept(self) -> set[str]:
         """Adapters that came for those in front and were not used yet, and pinned ones."""

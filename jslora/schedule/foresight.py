@@ -54,10 +54,10 @@ class Foresight:
         slots = running.slots
         now = running.known[slots] + running.pending[slots]
         drawn = now - running.prompt[slots]
-        again = slots[(drawn >= running.expected[slots]) | (now % _OFTEN == 0)]
-        for slot, sequence in zip(again, running.at(again), strict=True):  # more may be known
-            done = int(running.known[slot] + running.pending[slot] - running.prompt[slot])
-            running.expected[slot] = self.expected(sequence.request, done)
+        old = (drawn >= running.expected[slots]) | (now % _OFTEN == 0)
+        again = slots[old]
+        asked = zip(running.at(again), drawn[old].tolist(), strict=True)  # more may be known
+        running.expected[again] = [self.expected(s.request, done) for s, done in asked]
         left = np.maximum(running.expected[slots] - drawn, 0)
         return Future(now - running.given[slots] * self.page_size, left, self.page_size)
 
@@ -65,7 +65,7 @@ class Foresight:
         """The future of those that run, which is left as it is, beside what else takes pages."""
         adapters, counted = self.ahead.held()
         spare = self._room.pages.total - 1 - adapters - self._given(running)
-        return Outlook(self, copy.copy(future), spare, counted, len(running) > 0, future.peak)
+        return Outlook(self, copy.copy(future), spare, counted, len(running) > 0, future.most)
 
     def _given(self, running: Running) -> int:
         """Pages that rows were given by the prefix cache and that no row counts as its own."""

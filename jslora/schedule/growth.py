@@ -4,6 +4,8 @@ Free pages first, then what lies idle, adapters that somebody waits for last. Wh
 the youngest that runs must make way. Host only: no jax.
 """
 
+from collections.abc import Set
+
 import numpy as np
 
 from jslora.memory.room import Room
@@ -60,7 +62,7 @@ class Growth:
         self._running.extend(slot, more)
         return True
 
-    def _spared(self) -> set[str]:
+    def _spared(self) -> Set[str]:
         """Adapters that leave only if nothing else can: those waited for, and pinned ones."""
         waited_for, pinned = self._ahead.digests(), self._room.residency.pinned
         return waited_for | pinned if pinned else waited_for  # there may be thousands

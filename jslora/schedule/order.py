@@ -13,14 +13,6 @@ from jslora.schedule.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
-class FirstCome:
-    """By arrival."""
-
-    def score(self, waiting: Waiting, rows: Rows, now: float) -> np.ndarray:
-        return waiting.column("order")[rows]
-
-
-@dataclass(frozen=True, slots=True)
 class NewestFirst:
     """The last to arrive goes first; of those who waited too long, all before it, the oldest."""
 

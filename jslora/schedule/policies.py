@@ -6,12 +6,13 @@ keeps only what it needs of that. Host only: no jax.
 
 import zlib
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 
 from jslora.request import Request
 from jslora.schedule.deadlines import Deadlines
-from jslora.schedule.order import Cluster, FirstCome, NewestFirst, Priority, ShortestFirst
+from jslora.schedule.order import Cluster, NewestFirst, Priority, ShortestFirst
 from jslora.schedule.queue import Policy, Waiting
 from jslora.schedule.sequence import Sequence
 from jslora.schedule.settings import Quota, SchedulerSection, Tenant
@@ -55,14 +56,15 @@ class Policies:
         self._aborts, self._fair_adapters = (
             name in section.policy for name in ("slo", "fair_adapters")
         )
-        self._stack = [self._policy(name) for name in section.policy]
+        # Who is equal by all of them goes first come, first served.
+        before = takewhile(lambda name: name != "fcfs", section.policy)
+        self._stack = [self._policy(name) for name in before]
         self.settles = not {"fair_tenants", "fair_adapters", "cluster", "slo"} & {*section.policy}
         """Whether a start leaves the order of the others as it was."""
 
     def _policy(self, name: Name) -> Policy:
         section = self._section
         make: dict[Name, Callable[[], Policy]] = {
-            "fcfs": FirstCome,
             "newest": lambda: NewestFirst(section.starvation_seconds),
             "priority": lambda: Priority(section.ageing_seconds),
             "fair_tenants": lambda: self._by_tenant,

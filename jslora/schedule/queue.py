@@ -3,15 +3,17 @@
 A policy is a score, computed for whole columns at once; the front of the queue is found by the
 first policy, among equals by the second, and so on, then by arrival. Nothing is kept sorted: what
 counts may change with every token and every second, and ten thousand rows are scored in the time
-that a few dozen take in a loop. Sequences that ran already and were preempted go before all others.
-Host only: no jax.
+that a few dozen take in a loop; only arrival never does, so where no policy has a say the front is
+at hand. Sequences that ran already and were preempted go before all others. Host only: no jax.
 
-Invariants: rows 0 to n - 1 are in use, in no order, and `Sequence.place` is a sequence's row, or -1
-while it does not wait.
+Invariants: those that never ran are added in the order of arrival; rows 0 to n - 1 are in use, in
+no order, and `Sequence.place` is a sequence's row, or -1 while it does not wait.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +48,7 @@ class Waiting:
         self._rows: list[Sequence] = []
         self._table = {name: np.zeros(64, dtype) for name, dtype in _COLUMNS.items()}
         self._resumed: list[Sequence] = []  # preempted, by arrival
+        self._arrived: OrderedDict[Sequence, None] = OrderedDict()  # all others, by arrival
         self.tokens = 0
         """Prompt tokens of all that wait."""
 
@@ -72,7 +75,10 @@ class Waiting:
             self._table = {name: np.resize(c, 2 * row) for name, c in self._table.items()}
         for name, values in self._table.items():
             values[row] = getattr(sequence, name)
+        last = next(reversed(self._arrived), None)
+        assert last is None or last.order < sequence.order, f"{sequence.order} after {last.order}"
         self._rows.append(sequence)
+        self._arrived[sequence] = None
         sequence.place = row
 
     def remove(self, sequence: Sequence) -> None:
@@ -81,6 +87,7 @@ class Waiting:
         if sequence.place < 0:
             self._resumed.remove(sequence)
             return
+        del self._arrived[sequence]
         row, last = sequence.place, self._rows.pop()
         if last is not sequence:
             for values in self._table.values():
@@ -95,6 +102,8 @@ class Waiting:
     def front(self, k: int, policies: Seq[Policy], now: float) -> list[Sequence]:
         """The `k` that go first, in order."""
         found = self._resumed[:k]
+        if not policies:
+            return [*found, *islice(self._arrived, k - len(found))]
         rows = self._first(slice(len(self._rows)), k - len(found), policies, now)
         return found + [self._rows[row] for row in rows]
 

@@ -23,15 +23,27 @@ class Future:
         """Take in rows: tokens that each holds now, and how many more at its end, both (rows,)."""
         assert held.shape == remaining.shape and held.ndim == 1, f"{held.shape} {remaining.shape}"
         assert page_size > 0, f"a page of {page_size} tokens"
-        self._size = page_size
-        order = np.argsort(-remaining)
-        self._held, self._remaining = held[order].astype(np.int64), remaining[order]
-        self._pages = _pages_at_ends(self._held, self._remaining, page_size)
+        self._size, self._held, self._remaining = page_size, held, remaining
+        self._at_ends: np.ndarray | None = None  # not needed while there is room enough for all
+
+    @property
+    def most(self) -> int:
+        """Pages of all rows if each held as many as at its end: the peak is no higher."""
+        return int((-(-(self._held + self._remaining) // self._size)).sum())
 
     @property
     def peak(self) -> int:
         """The most pages ever held at once."""
         return int(self._pages.max(initial=0))
+
+    @property
+    def _pages(self) -> np.ndarray:
+        """Pages of all rows that are still there when each ends."""
+        if self._at_ends is None:
+            order = np.argsort(-self._remaining)
+            self._held, self._remaining = self._held[order].astype(np.int64), self._remaining[order]
+            self._at_ends = _pages_at_ends(self._held, self._remaining, self._size)
+        return self._at_ends
 
     def join(self, held: int, remaining: int, most: float = np.inf) -> bool:
         """Take in one more row, unless the peak would then be above `most`; whether it was."""
@@ -40,15 +52,16 @@ class Future:
             return False
         self._held = np.append(self._held, held)
         self._remaining = np.append(self._remaining, remaining)
-        self._pages = np.append(pages, at_its_end)
+        self._at_ends = np.append(pages, at_its_end)
         return True
 
     def _beside(self, held: int, remaining: int) -> tuple[np.ndarray, int]:
         """Pages when each row ends, and when this one more does, which counts in all of them."""
+        pages = self._pages
         own = np.where(self._remaining <= remaining, -(-(held + self._remaining) // self._size), 0)
         there = self._held[self._remaining >= remaining]
         others = int((-(-(there + remaining) // self._size)).sum())
-        return self._pages + own, others - (-(held + remaining) // self._size)
+        return pages + own, others - (-(held + remaining) // self._size)
 
 
 def _pages_at_ends(held: np.ndarray, remaining: np.ndarray, size: int) -> np.ndarray:

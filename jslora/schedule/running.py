@@ -10,6 +10,7 @@ sequence leaves it, so a step in flight can tell whether its row still means the
 """
 
 from bisect import insort
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,13 @@ class Running:
         """Whether all their pages are full."""
         return self.computed[slots] >= self._page_size * self.held[slots]
 
-    def sort(self, slots: Slots) -> np.ndarray:
-        """Indices that sort slots by adapter."""
-        place = np.empty(len(self.life), np.int64)
-        place[self.slots] = np.arange(len(self))
-        return np.argsort(place[slots])
+    def sort(self, tokens: Mapping[int, int], others: Slots) -> tuple[Slots, Slots]:
+        """Slots sorted by adapter, and tokens of each: as `tokens` says, one for all `others`."""
+        count = np.zeros(len(self.life), np.int64)
+        count[others] = 1
+        count[[*tokens]] = [*tokens.values()]
+        n = count[self.slots]
+        return self.slots[n > 0], n[n > 0]
 
     def plan(self, slots: Slots, n: Int[np.ndarray, " n"], admitted: list[Sequence]) -> Plan:
         """The step that computes the next `n` tokens of each, which count as dispatched.

@@ -29,7 +29,7 @@ from jslora.memory.room import Room
 from jslora.request import Request, TokenEvent
 from jslora.schedule.admission import check, check_queue
 from jslora.schedule.ahead import Ahead
-from jslora.schedule.events import failure, news
+from jslora.schedule.events import drawn, failure, news
 from jslora.schedule.foresight import Foresight, Outlook
 from jslora.schedule.growth import Growth
 from jslora.schedule.pace import Pace
@@ -214,10 +214,7 @@ class Scheduler:
             return None
         chosen, n = decoding, np.ones(len(decoding), np.int64)
         if others:
-            chosen = np.concatenate([decoding, np.array([*others])])
-            n = np.concatenate([n, np.array([*others.values()])])
-            order = rows.sort(chosen)
-            chosen, n = chosen[order], n[order]
+            chosen, n = rows.sort(others, decoding)
         return rows.plan(chosen, n, admitted)
 
     def _prefills(self, slots: Slots, budget: int) -> dict[int, int]:
@@ -347,7 +344,7 @@ class Scheduler:
         tokens = results.tokens[usual].tolist()
         for sequence, token in zip(chosen, tokens, strict=True):
             sequence.tokens.append(token)
-        events += [TokenEvent(s.request.id, (t,)) for s, t in zip(chosen, tokens, strict=True)]
+        events += drawn(chosen, tokens)
         running.known[slots[usual]] += 1
         self._drawn(chosen, now)
         rare = live & ~usual & (rows.samples | (rows.end == running.whole[slots]))
@@ -355,9 +352,9 @@ class Scheduler:
             event = self._commit_rare(plan, b, results, now)
             events.append(event)
             usual[b] = bool(event.tokens)
-        drawn = slots[usual]  # columns of those that ended are there still
-        self.generated_tokens += len(drawn)
-        self.policies.generated(running.tenant[drawn], running.adapter[drawn])
+        served = slots[usual]  # columns of those that ended are there still
+        self.generated_tokens += len(served)
+        self.policies.generated(running.tenant[served], running.adapter[served])
         return events
 
     def _commit_rare(self, plan: Plan, b: int, results: Results, now: float) -> TokenEvent:

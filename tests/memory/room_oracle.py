@@ -32,15 +32,18 @@ def take(room: Room, n: int, keep: Collection[str]) -> list[int] | None:
     """As `Room.take`."""
     if not within_reach(room, n, keep):
         return None
-    while room.pages.free < n:
+    given: list[int] = []  # cached pages, which are never free in between
+    while room.pages.free + len(given) < n:
         pages, adapters = cached(room), idle(room, keep)
         page = room.prefix.worth(float(room.prefix.since[pages[0]])) if pages else np.inf
         adapter = room.residency.worth(adapters[0].since) if adapters else np.inf
         if page <= adapter:
             room.prefix.evict([pages[0]])
+            given += room.pages.take_at(pages[0], 1)
         else:
             room.residency.evict(adapters[0])
-    return room.pages.take(n)
+    free = room.pages.take(n - len(given))
+    return None if free is None else free + given
 
 
 def free_run(room: Room, n: int) -> int | None:

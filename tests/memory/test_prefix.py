@@ -84,7 +84,7 @@ class Cache(RuleBasedStateMachine):
     @rule()
     def evict(self) -> None:
         idle, least, free = self.prefix.idle, self.prefix.least, self.pages.free
-        self.prefix.evict(self.prefix.leaving(1, np.inf))
+        self.pages.release(self.prefix.surrender(1, np.inf))
         assert (self.prefix.idle, self.pages.free) == (idle - 1, free + 1)
         assert self.clock.now >= least and self.prefix.least >= least - 1e-2
 
@@ -130,7 +130,7 @@ def test_the_end_of_a_prompt_leaves_before_its_beginning() -> None:
     prefix = PrefixCache(pages, Clock())
     assert run(prefix, pages, (1, 1, 2, 2, 3, 3)) == 0
     for left in (2, 1, 0):
-        prefix.evict(prefix.leaving(1, np.inf))
+        pages.release(prefix.surrender(1, np.inf))
         known = prefix.take(chain(("", "", ""), (1, 1, 2, 2, 3, 3)))
         assert len(known) == left
         prefix.release(known)
@@ -143,8 +143,8 @@ def test_what_was_used_again_stays_longest_and_raises_the_chance_of_reuse() -> N
         assert run(prefix, pages, tokens) == 0
     before = prefix.kind.chance
     assert run(prefix, pages, (1, 1, 5, 5)) == 1 and prefix.kind.chance > before
-    prefix.evict(prefix.leaving(1, np.inf))
-    prefix.evict(prefix.leaving(1, np.inf))
+    pages.release(prefix.surrender(1, np.inf))
+    pages.release(prefix.surrender(1, np.inf))
     assert run(prefix, pages, (1, 1)) == 1 and prefix.evictions == 2
     assert run(prefix, pages, (2, 2)) == run(prefix, pages, (3, 3)) == 0
 

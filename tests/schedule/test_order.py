@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from light_engine import Job, LightEngine
 from waiting_sequences import make_sequence, queue
 
-from jslora.schedule.order import Cluster, FirstCome, NewestFirst, Priority, ShortestFirst
+from jslora.schedule.order import Cluster, NewestFirst, Priority, ShortestFirst
 from jslora.schedule.queue import Policy
 from jslora.schedule.sequence import Sequence
 from jslora.schedule.settings import SchedulerSection
@@ -23,9 +23,8 @@ def ordered(policy: Policy, sequences: Seq[Sequence], now: float = 0.0) -> list[
     return [sequence.order for sequence in found]
 
 
-def test_by_arrival_or_against_it() -> None:
-    sequences = [make_sequence(order, since=float(order)) for order in (2, 0, 1)]
-    assert ordered(FirstCome(), sequences, 100.0) == [0, 1, 2]
+def test_against_arrival() -> None:
+    sequences = [make_sequence(order, since=float(order)) for order in range(3)]
     assert ordered(NewestFirst(1000.0), sequences, 100.0) == [2, 1, 0]
 
 
