@@ -54,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; return the exit code."""
     args = parse(arguments)
     size = Size(rows=args.rows, adapters=args.adapters, waiting=args.waiting, pages=args.pages)
-    lines = [
-        "| ms a step, median (90 %) | fetch | plan | commit | all | rows | waiting | free pages |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    parts = "fetch | plan | commit | all | all, mean"
+    lines = [f"| ms a step, median (90 %) | {parts} | rows | waiting | free pages |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     profile = cProfile.Profile()
     with tqdm(total=(args.fill + args.steps) * len(args.policy), unit="step", disable=None) as bar:
 
@@ -81,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _line(names: Sequence[str], times: Times) -> str:
     parts = [times.fetch, times.plan, times.commit, times.step]
     cells = [f"{np.median(p) * 1e3:.2f} ({np.quantile(p, 0.9) * 1e3:.2f})" for p in parts]
+    cells.append(f"{times.step.mean() * 1e3:.2f}")
     counts = [str(times.rows), str(times.waiting), str(times.free_pages)]
     return f"| {', '.join(names)} | " + " | ".join([*cells, *counts]) + " |"
 

@@ -80,6 +80,8 @@ class Deadlines:
         """
         deadline, since = waiting.column("deadline"), waiting.column("since")
         lead = self._mean + _DEVIATIONS * self._deviation
+        if deadline.min(initial=np.inf) >= now + lead:
+            return []
         return waiting.at(deadline < now + np.minimum(lead, (deadline - since) / 2))
 
     def retry_after(self, waiting: Waiting, now: float) -> float:

@@ -109,19 +109,22 @@ class Waiting:
 
     def _first(self, rows: Rows, k: int, policies: Seq[Policy], now: float) -> np.ndarray:
         """The first `k` of `rows`: who is surely among them, then the best of those who tie."""
-        order = self.column("order")[rows]
+        n = len(self._rows) if isinstance(rows, slice) else len(rows)
         if k <= 0:
             return np.arange(0)
-        if k >= len(order):
+        if k >= n:
             scores = [policy.score(self, rows, now) for policy in policies]
-            return _pick(rows, np.lexsort([order, *reversed(scores)]))
-        score = policies[0].score(self, rows, now) if policies else order
+            return _pick(rows, np.lexsort([self.column("order")[rows], *reversed(scores)]))
+        score = policies[0].score(self, rows, now) if policies else self.column("order")[rows]
+        edge = score.min()
+        ties = score == edge
+        tied = np.count_nonzero(ties)
+        if tied >= k:  # as is usual: nobody is before them
+            left = rows if tied == n else _pick(rows, np.flatnonzero(ties))
+            return self._first(left, k, policies[1:], now)
         edge = np.partition(score, k - 1)[k - 1]
-        near = np.flatnonzero(score <= edge)
-        sure = score[near] < edge
-        best = _pick(rows, near[sure])
-        all_tie = len(near) == len(score) and not len(best)
-        ties = rows if all_tie else _pick(rows, near[~sure])
+        best = _pick(rows, np.flatnonzero(score < edge))
+        ties = _pick(rows, np.flatnonzero(score == edge))
         first = self._first(best, len(best), policies, now)
         return np.concatenate([first, self._first(ties, k - len(best), policies[1:], now)])
 

@@ -314,6 +314,8 @@ class Scheduler:
         return True
 
     def _preempt_held(self) -> None:
+        if not self.rows.hold.any():
+            return
         rows, slots = self.rows, self.rows.slots
         held = rows.at(slots[rows.hold[slots] & (rows.pending[slots] == 0)])
         for sequence in held:
