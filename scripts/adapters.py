@@ -109,8 +109,8 @@ def _tell(args: argparse.Namespace, layers: Sequence[Fitted]) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from jslora import compare  # needs jax, which takes a second
     from jslora.engine import Engine
+    from jslora.evaluation import compare  # needs jax, which takes a second
     from jslora.tokenizer import Tokenizer
 
     left, right = compare.Side.parse(args.left), compare.Side.parse(args.right)

@@ -5,11 +5,14 @@ Exit codes: 0 measured, 2 wrong arguments.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jslora import markdown
 from jslora.distributed.overhead import Costs, Load, measure
+
+COLUMNS = ("followers", "steps", "ms, median", "90 %", "99 %", "bytes to each, median")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -30,22 +33,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; return the exit code."""
     args = parse(arguments)
     load = Load(rows=args.rows, adapters=args.adapters, turnover=args.turnover)
-    print("| followers | steps | ms, median | 90 % | 99 % | bytes to each, median |")
-    print("|---|---|---|---|---|---|")
-    for followers in args.followers:
-        costs = measure(load, followers, args.steps)
-        for name, which in (
-            ("all", np.ones(args.steps, bool)),
-            ("same rows", ~costs.changed),
-            ("a new row", costs.changed),
-        ):
-            print(f"| {followers} | {name} | {_cells(costs, which)} |")
+    for line in markdown.lines(COLUMNS, _rows(load, args.followers, args.steps)):
+        print(line, flush=True)
     return 0
 
 
-def _cells(costs: Costs, which: np.ndarray) -> str:
+def _rows(load: Load, groups: Sequence[int], steps: int) -> Iterator[list[object]]:
+    for followers in groups:
+        costs = measure(load, followers, steps)
+        for name, which in (
+            ("all", np.ones(steps, bool)),
+            ("same rows", ~costs.changed),
+            ("a new row", costs.changed),
+        ):
+            yield [followers, name, *_cells(costs, which)]
+
+
+def _cells(costs: Costs, which: np.ndarray) -> list[str]:
     times = [np.quantile(costs.seconds[which], q) * 1e3 for q in (0.5, 0.9, 0.99)]
-    return " | ".join([*(f"{t:.2f}" for t in times), f"{np.median(costs.sizes[which]):,.0f}"])
+    return [*(f"{t:.2f}" for t in times), f"{np.median(costs.sizes[which]):,.0f}"]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jslora import markdown
 from jslora.bench.scheduler_time import Size, Times, measure
 from jslora.schedule import stack
 
+COLUMNS = (
+    "ms a step, median (90 %)", "fetch", "plan", "commit", "all", "all, mean", "rows", "waiting",
+    "free pages",
+)  # fmt: skip
 POLICIES = ("fcfs", "fair_tenants,cluster,slo", "priority,fair_tenants,fair_adapters,newest")
 
 
@@ -54,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure as the command line says; return the exit code."""
     args = parse(arguments)
     size = Size(rows=args.rows, adapters=args.adapters, waiting=args.waiting, pages=args.pages)
-    parts = "fetch | plan | commit | all | all, mean"
-    lines = [f"| ms a step, median (90 %) | {parts} | rows | waiting | free pages |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    rows: list[list[str]] = []
     profile = cProfile.Profile()
     with tqdm(total=(args.fill + args.steps) * len(args.policy), unit="step", disable=None) as bar:
 
@@ -68,21 +71,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 profile.enable()
             times = measure(names, size, fill=args.fill, steps=args.steps, progress=advance)
             profile.disable()
-            lines.append(_line(names, times))
+            rows.append(_row(names, times))
     if args.profile:
         with args.profile.open("w") as file:
             pstats.Stats(profile, stream=file).sort_stats("tottime").print_stats(40)
     else:
-        print("\n".join(lines))
+        print("\n".join(markdown.lines(COLUMNS, rows)))
     return 0
 
 
-def _line(names: Sequence[str], times: Times) -> str:
+def _row(names: Sequence[str], times: Times) -> list[str]:
     parts = [times.fetch, times.plan, times.commit, times.step]
     cells = [f"{np.median(p) * 1e3:.2f} ({np.quantile(p, 0.9) * 1e3:.2f})" for p in parts]
     cells.append(f"{times.step.mean() * 1e3:.2f}")
     counts = [str(times.rows), str(times.waiting), str(times.free_pages)]
-    return f"| {', '.join(names)} | " + " | ".join([*cells, *counts]) + " |"
+    return [", ".join(names), *cells, *counts]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main() -> int:
             config = load(options.config, sets)
             batches = Path(scratch) / "batches.npz"
             flags = [flag for text in sets for flag in ("--set", text)]
-            command = [sys.executable, "-m", "jslora.training.speed", "--config"]
+            command = [sys.executable, "-m", "jslora.evaluation.training_speed", "--config"]
             command += [str(options.config), "--batches", str(batches), *flags]
             theirs = None
             if options.peft_python:

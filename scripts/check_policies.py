@@ -5,10 +5,13 @@ Exit codes: 0 all hold, 1 one does not, 2 wrong arguments, 130 interrupted.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
-from jslora.bench.scenarios import SCENARIOS, Claim
+from jslora import markdown
+from jslora.bench.scenarios import SCENARIOS, Case, Claim
+
+COLUMNS = ("claim", "figure", "bound", "holds")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -30,22 +33,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check as the command line says; return the exit code."""
     args = parse(arguments)
-    print("| claim | figure | bound | holds |\n|---|---|---|---|")
-    broken = 0
+    cases = chain.from_iterable(SCENARIOS[name] for name in args.scenario or SCENARIOS)
+    checked: list[Claim] = []
     try:
-        for case in chain.from_iterable(SCENARIOS[name] for name in args.scenario or SCENARIOS):
-            for claim in case():
-                print(line(claim), flush=True)
-                broken += not claim.holds
+        for line in markdown.lines(COLUMNS, _rows(cases, checked)):
+            print(line, flush=True)
     except KeyboardInterrupt:
         return 130
-    return 1 if broken else 0
+    return 0 if all(claim.holds for claim in checked) else 1
 
 
-def line(claim: Claim) -> str:
-    """A row of the table."""
-    holds = "yes" if claim.holds else "NO"
-    return f"| {claim.text} | {claim.figure:.3f} | {claim.bounds} | {holds} |"
+def _rows(cases: Iterable[Case], checked: list[Claim]) -> Iterator[tuple[str, ...]]:
+    """A row for each claim, which then is among those `checked`."""
+    for claim in chain.from_iterable(case() for case in cases):
+        checked.append(claim)
+        yield row(claim)
+
+
+def row(claim: Claim) -> tuple[str, ...]:
+    """Cells of the table."""
+    return claim.text, f"{claim.figure:.3f}", claim.bounds, "yes" if claim.holds else "NO"
 
 
 if __name__ == "__main__":

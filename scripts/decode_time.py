@@ -13,10 +13,12 @@ from typing import get_args
 
 import numpy as np
 
-from jslora import config
+from jslora import config, markdown
 from jslora.errors import JsloraError
 from jslora.evaluation.decode_time import measure
 from jslora.server.bars import Bars
+
+COLUMNS = ("weights", "MB", "ms a step, median (10 %, 90 %)", "times as fast as the first")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,15 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"decode_time.py: {error.message}", file=sys.stderr)
         return 2
     print(f"{args.rows} rows, {args.context} positions each; load before: {load:.1f}")
-    print("| weights | MB | ms a step, median (10 %, 90 %) | times as fast as the first |")
-    print("|---|---|---|---|")
-    first = np.median(times.seconds[args.quantize[0]])
+    rows, first = [], np.median(times.seconds[args.quantize[0]])
     for way, seconds in times.seconds.items():
-        low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9))
-        print(
-            f"| {way} | {times.weights[way] / 1e6:.0f} "
-            f"| {middle * 1e3:.1f} ({low * 1e3:.1f}, {high * 1e3:.1f}) | {first / middle:.2f} |"
-        )
+        low, middle, high = np.quantile(seconds, (0.1, 0.5, 0.9)) * 1e3
+        spread = f"{middle:.1f} ({low:.1f}, {high:.1f})"
+        ratio = f"{first * 1e3 / middle:.2f}"
+        rows.append([way, f"{times.weights[way] / 1e6:.0f}", spread, ratio])
+    print("\n".join(markdown.lines(COLUMNS, rows)))
     return 0
 
 

@@ -10,10 +10,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
-from jslora import config
+from jslora import config, markdown
 from jslora.errors import JsloraError
 from jslora.evaluation.perplexity import TEXT, compare, score_ways
 from jslora.server.bars import Bars
+
+COLUMNS = ("weights", "tokens", "perplexity", "against the first", "same likeliest token")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,16 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (JsloraError, OSError, UnicodeDecodeError) as error:
         print(f"perplexity.py: {error}", file=sys.stderr)
         return 2
-    print("| weights | tokens | perplexity | against the first | same likeliest token |")
-    print("|---|---|---|---|---|")
-    first = found[args.quantize[0]]
+    rows, first = [], found[args.quantize[0]]
     for way, scores in found.items():
         seen = compare(first, scores)
         change = f"{seen.ratio - 1:+.2%} (standard error {seen.error:.2%})"
-        print(
-            f"| {way} | {scores.logprobs.size} | {scores.perplexity:.4f} | {change} "
-            f"| {seen.agreement:.1%} |"
-        )
+        agreement = f"{seen.agreement:.1%}"
+        rows.append([way, scores.logprobs.size, f"{scores.perplexity:.4f}", change, agreement])
+    print("\n".join(markdown.lines(COLUMNS, rows)))
     return 0
 
 

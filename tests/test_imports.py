@@ -37,7 +37,8 @@ def below(*names: str) -> list[str]:
 HOST = below(
     "jslora.config", "jslora.errors", "jslora.request", "jslora.wire", "jslora.tokenizer",
     "jslora.vocabulary", "jslora.sentencepiece", "jslora.text", "jslora.chat", "jslora.fetch",
-    "jslora.logs", "jslora.progress", "jslora.files", "jslora.batch", "jslora.buckets",
+    "jslora.logs", "jslora.markdown", "jslora.progress", "jslora.files", "jslora.batch",
+    "jslora.buckets",
     "jslora.model.config", "jslora.model.gguf", "jslora.memory", "jslora.schedule",
     "jslora.adapters", "jslora.aliases", "jslora.lifecycle", "jslora.bench", "jslora.server",
     "jslora.composition", "jslora.new_folder",

@@ -1,8 +1,8 @@
 """The same training steps with torch and PEFT, in an environment of their own, for measurements.
 
-Reads the batches that `jslora.training.speed` writes, and answers the same words. Rows are packed
-as there, with a mask that keeps examples apart; the base is bfloat16 and the factors float32, their
-products in bfloat16 by autocast, as is usual with PEFT. Imports nothing of jslora.
+Reads the batches that `jslora.evaluation.training_speed` writes, and answers the same words. Rows
+are packed as there, with a mask that keeps examples apart; the base is bfloat16 and the factors
+float32, their products in bfloat16 by autocast, as is usual with PEFT. Imports nothing of jslora.
 """
 
 import argparse

@@ -3,9 +3,10 @@
 What the numbers are is told by `outcomes`; what there was none of is a dash. Host only: no jax.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from jslora.bench.outcomes import Spread, Summary
+from jslora.markdown import aligned
 
 
 def _percentile(of: str, percentile: str) -> Callable[[Summary], float | None]:
@@ -73,7 +74,7 @@ def table(rows: Mapping[str, Summary]) -> str:
             [f"service, {name}", *(_service(summary, name) for summary in rows.values())]
             for name in tenants
         ]
-    return _markdown(["", *rows], lines)
+    return aligned(["", *rows], lines)
 
 
 def _service(summary: Summary, tenant: str) -> str:
@@ -97,25 +98,12 @@ def compare(
         [run, *(_beside(simulated[run].get(name), published[run].get(name)) for name in columns)]
         for run in runs
     ]
-    return _markdown(["", *columns], lines)
+    return aligned(["", *columns], lines)
 
 
 def _beside(ours: float | None, theirs: float | None) -> str:
     text = f"{_figure(ours)} / {_figure(theirs)}"
     return text if ours is None or not theirs else f"{text} ({ours / theirs - 1:+.0%})"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """First column to the left, others to the right, all of one width in every line."""
-    widths = [max(3, *map(len, column)) for column in zip(head, *lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        shown = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return f"| {' | '.join(shown)} |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(head), line(rule), *map(line, lines)])
 
 
 def _number(value: float | None, digits: int) -> str:

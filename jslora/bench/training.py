@@ -15,6 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jslora import markdown
+
+COLUMNS = (
+    "", "tokens/s", "of the floor", "tokens a CPU second", "peak memory", "last loss",
+)  # fmt: skip
+
 
 class Failed(Exception):
     """A process that was measured ended; the message is what it said."""
@@ -98,17 +104,14 @@ def table(
         f"{ours.facts['batch']}, {len(ours.steps)} steps; products at "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s",
         "",
-        "| | tokens/s | of the floor | tokens a CPU second | peak memory | last loss |",
-        "|---|---|---|---|---|---|",
-        f"| products alone (floor) | {floor:.0f} | 1 | | | |",
     ]
+    rows = [["products alone (floor)", f"{floor:.0f}", "1", "", "", ""]]
     both = [ours] if theirs is None else [ours, theirs]
     for runner in both:
-        speed = runner.speed("seconds")
-        lines.append(
-            f"| {runner.name} | {speed:.0f} | {speed / floor:.2f} | {runner.speed('cpu'):.0f} | "
-            f"{memory[runner.name] / 2**30:.2f} GiB | {runner.steps[-1]['loss']:.4f} |"
-        )
+        speed, size = runner.speed("seconds"), f"{memory[runner.name] / 2**30:.2f} GiB"
+        cells = [f"{speed:.0f}", f"{speed / floor:.2f}", f"{runner.speed('cpu'):.0f}"]
+        rows.append([runner.name, *cells, size, f"{runner.steps[-1]['loss']:.4f}"])
+    lines += markdown.lines(COLUMNS, rows)
     if theirs is not None:
         times, work = (ours.speed(of) / theirs.speed(of) for of in ("seconds", "cpu"))
         lines += ["", f"{times:.2f} times {theirs.name}; {work:.2f} times, a CPU second"]

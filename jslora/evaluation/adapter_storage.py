@@ -1,13 +1,10 @@
-"""What adapters save that are stored as integers, and what that changes: run as a module.
+"""What adapters save that are stored as integers, and what that changes.
 
 For each adapter and storage: its bytes in each tier beside those stored in full; the error of its
 outputs, as its bind report has it; and how often it holds the same token for the likeliest as the
-adapter in full does, at every place of what that one answers greedily (`jslora.compare`).
+adapter in full does, at every place of what that one answers greedily (`compare`).
 """
 
-import argparse
-import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,16 @@ from typing import Any
 
 from jslora.adapters.layout import lay_out
 from jslora.adapters.peft import Limits, read_outline
-from jslora.compare import Side, compare, comparison_config, room, summary, tokenized
-from jslora.config import EngineConfig, load
+from jslora.config import EngineConfig
 from jslora.engine import Engine
-from jslora.errors import JsloraError
+from jslora.evaluation.compare import (
+    Side,
+    compare,
+    comparison_config,
+    room,
+    summary,
+    tokenized,
+)
 from jslora.fetch import load_config, resolve
 from jslora.progress import silent
 from jslora.request import AdapterInfo
@@ -128,27 +131,3 @@ def cells(one: Kept) -> tuple[str, ...]:
     agreement = f"{one.numbers['agreement']:.2%} of {one.numbers['tokens']}"
     error, kl = f"{one.info.output_error or 0:.2%}", f"{one.numbers['kl_mean']:.4f}"
     return one.name, one.storage, *shares, f"{one.used:.3f}", error, agreement, kl
-
-
-def main() -> int:
-    """Print the table; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m jslora.evaluation.adapter_storage")
-    parser.add_argument("folders", nargs="+", type=Path, help="PEFT folders below one folder")
-    parser.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
-    options = parser.parse_args()
-    folders = [folder.resolve() for folder in options.folders]
-    if len({folder.parent for folder in folders}) > 1:
-        parser.error("the folders must lie below one folder")
-    try:
-        rows = map(cells, measure(load(options.config), folders, options.tokens))
-        for row in itertools.chain([COLUMNS, ("---",) * len(COLUMNS)], rows):
-            print(f"| {' | '.join(row)} |", flush=True)
-    except JsloraError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

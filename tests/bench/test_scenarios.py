@@ -14,7 +14,7 @@ from scripts import check_policies
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_claims_hold(name: str) -> None:
     """The first case of each; `scripts/check_policies.py` goes through all."""
-    broken = [check_policies.line(claim) for claim in SCENARIOS[name][0]() if not claim.holds]
+    broken = [check_policies.row(claim) for claim in SCENARIOS[name][0]() if not claim.holds]
     assert not broken, "\n".join(["", *broken])
 
 

@@ -33,7 +33,7 @@ def test_the_table_has_medians_without_the_first_step() -> None:
     ours, theirs = stepper("ours", 90, 0.1, 0.4, 0.2), stepper("theirs", 1, 0.5, 0.5, 0.5)
     lines = measure(ours, theirs, 3).splitlines()
     assert "3 steps" in lines[0] and "0 GFLOP/s" in lines[0]
-    assert lines[4] == "| products alone (floor) | 2000 | 1 | | | |"
+    assert lines[4] == "| products alone (floor) | 2000 | 1 |  |  |  |"
     assert lines[5] == "| ours | 500 | 0.25 | 50 | 3.00 GiB | 0.0000 |"
     assert lines[6] == "| theirs | 200 | 0.10 | 50 | 3.00 GiB | 0.0000 |"
     assert lines[-1] == "2.50 times theirs; 1.00 times, a CPU second"

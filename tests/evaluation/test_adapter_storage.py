@@ -1,13 +1,13 @@
 """The table of what adapters stored as integers save and change, and its command's errors."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jslora.evaluation.adapter_storage import COLUMNS, Kept, cells, main
+from jslora.evaluation.adapter_storage import COLUMNS, Kept, cells
 from jslora.request import AdapterInfo
+from scripts.adapter_storage import main
 
 FULL = AdapterInfo(
     name="left", digest="", state="device", rank=8, modules={}, layers=1, bytes=900,
@@ -26,14 +26,10 @@ def test_a_row_has_shares_of_the_bytes_in_full() -> None:
     }  # fmt: skip
 
 
-def test_mistakes_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "no.yaml"
-    monkeypatch.setattr(sys, "argv", ["adapter_storage", str(tmp_path), "--config", str(missing)])
-    assert main() == 2
+    assert main([str(tmp_path), "--config", str(missing)]) == 2
     assert f"cannot read the configuration {missing}" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["adapter_storage", str(tmp_path / "a" / "b"), str(tmp_path)])
     with pytest.raises(SystemExit):
-        main()
+        main([str(tmp_path / "a" / "b"), str(tmp_path)])
     assert "the folders must lie below one folder" in capsys.readouterr().err

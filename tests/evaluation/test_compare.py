@@ -15,7 +15,9 @@ from goldens.cases import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jslora.compare import (
+from jslora.engine import Engine
+from jslora.errors import ConfigError, InvalidRequest
+from jslora.evaluation.compare import (
     Answer,
     Place,
     Side,
@@ -26,8 +28,6 @@ from jslora.compare import (
     summary,
     tokenized,
 )
-from jslora.engine import Engine
-from jslora.errors import ConfigError, InvalidRequest
 from jslora.fetch import load_config
 from jslora.tokenizer import Tokenizer
 from scripts import adapters
@@ -175,7 +175,7 @@ def test_texts_stand_side_by_side(
     """The engine is left out."""
     answer = Answer("one two three four\nfive\x1b", "six", False, (Place(True, 0.125, 0.5),))
     monkeypatch.setattr("jslora.engine.Engine", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr("jslora.compare.compare", lambda *_: [answer])
+    monkeypatch.setattr("jslora.evaluation.compare.compare", lambda *_: [answer])
     monkeypatch.setenv("COLUMNS", "43")
     command = ["compare", "--model", str(model), "--prompt", "Hello!", "base", str(R5)]
     assert adapters.main(command) == 0
