@@ -112,7 +112,9 @@ def _open(root: Path, path: Path) -> int:
             descriptor = _step(descriptor, folder, _DIRECTORY)
         return _step(descriptor, name, _FILE)
     except FileNotFoundError:
-        raise AdapterRejected(f"the folder holds no {path.name}") from None
+        there = os.path.isdir(os.path.dirname(real))
+        told = f"the folder holds no {path.name}" if there else "there is no such folder"
+        raise AdapterRejected(told) from None
     except OSError as error:
         raise AdapterRejected(f"{path.name} cannot be opened: {error.strerror}") from None
 

@@ -61,13 +61,15 @@ def score(config: EngineConfig, text: str, window: int, progress: Progress = sil
         ConfigError: the model has no tokenizer, or the window is out of its range.
         ModelError: the model's files are wrong.
     """
+    if window < 2:
+        raise ConfigError(f"a window of {window} tokens; it must have at least 2")
     adapters = config.adapters.model_copy(update={"preload": "none", "pinned": []})
     with Engine(config.model_copy(update={"adapters": adapters}), progress) as engine:
         longest = engine.info.max_model_len
         if engine.tokenizer is None:
             raise ConfigError("perplexity is of a text, and this model has no tokenizer")
-        if not 2 <= window <= longest:
-            raise ConfigError(f"a window of {window} tokens; it must be within 2 and {longest}")
+        if window > longest:
+            raise ConfigError(f"a window of {window} tokens; the model's context is {longest}")
         tokens = engine.tokenizer.encode(text, add_special_tokens=False)
         windows = [tokens[first : first + window] for first in range(0, len(tokens), window)]
         answers = engine.generate([each for each in windows if len(each) > 1], _SCORE)

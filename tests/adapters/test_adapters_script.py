@@ -168,11 +168,12 @@ def test_errors_are_precise_and_leave_nothing(script: Script, tmp_path: Path) ->
     refused = script.refuses
     assert refused("inspect", plain, dora).startswith(f"{dora}: use_dora is set")
     assert refused("inspect", tmp_path) == f"{tmp_path}: the folder holds no adapter_config.json"
+    assert refused("inspect", tmp_path / "no") == f"{tmp_path / 'no'}: there is no such folder"
     assert refused("convert", plain, out, "--error", 2).startswith("the error is 2; a share above")
     told = refused("convert", plain, out, "--error", 1e-4, "--dtype", "bfloat16")
     assert told.startswith("an error of 0.0001 cannot be had in bfloat16: rounding alone changes")
     assert refused("merge", "--out", out, f"{plain}=0").startswith(f"the weight of {plain} is 0;")
-    assert "=heavy: the folder holds no" in refused("merge", "--out", out, f"{plain}=heavy")
+    assert "=heavy: there is no such folder" in refused("merge", "--out", out, f"{plain}=heavy")
     assert not out.exists() and not list(tmp_path.glob(".out*"))
     out.mkdir()
     assert refused("convert", plain, out) == f"{out} exists already; it is left alone"
