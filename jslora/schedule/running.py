@@ -150,11 +150,11 @@ class Running:
         """Whether all their pages are full."""
         return self.computed[slots] >= self._page_size * self.held[slots]
 
-    def sort(self, tokens: Mapping[int, int], others: Slots) -> tuple[Slots, Slots]:
-        """Slots sorted by adapter, and tokens of each: as `tokens` says, one for all `others`."""
+    def sort(self, decoding: Slots, others: Mapping[int, int]) -> tuple[Slots, Slots]:
+        """Slots sorted by adapter, and tokens of each: one for those that decode, or as told."""
         count = np.zeros(len(self.life), np.int64)
-        count[others] = 1
-        count[[*tokens]] = [*tokens.values()]
+        count[decoding] = 1
+        count[[*others]] = [*others.values()]
         n = count[self.slots]
         return self.slots[n > 0], n[n > 0]
 

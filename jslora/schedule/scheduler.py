@@ -214,7 +214,7 @@ class Scheduler:
             return None
         chosen, n = decoding, np.ones(len(decoding), np.int64)
         if others:
-            chosen, n = rows.sort(others, decoding)
+            chosen, n = rows.sort(decoding, others)
         return rows.plan(chosen, n, admitted)
 
     def _prefills(self, slots: Slots, budget: int) -> dict[int, int]:
