@@ -254,7 +254,8 @@ class _Beside:
     ) -> Float[Array, "T out"]:  # fmt: skip
         """The base output and the deltas of a group of modules, finished.
 
-        They are one product, made here; `y`, which nothing uses then, is compiled away.
+        Both are made here, with a gradient of their own; `y`, which nothing uses then, is compiled
+        away.
         """
         weight = self._leaves[_GROUP_WEIGHTS[group]]
         low = self._low(x, GROUPS[group])
