@@ -151,7 +151,9 @@ class LightEngine:
         scheduler.check()
         assert not any(registration.uses for registration in self.adapters)
         assert not any(resident.users for resident in self.residency.residents.values())
-        assert not scheduler._ahead._waiting and self.residency.used == 0
+        ahead = scheduler._ahead
+        assert not (ahead._waiting or ahead._unread or ahead._read or ahead.digests())
+        assert self.residency.used == 0
 
     def running(self) -> set[str]:
         """Ids of those that run."""

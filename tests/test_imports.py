@@ -52,6 +52,7 @@ HOST = below(
     "jslora.distributed.section", "jslora.distributed.shelf", "jslora.distributed.transfers",
     "jslora.distributed.uplink",
     "jslora.training.config", "jslora.training.data", "jslora.training.demo",
+    "jslora.training.heap",
     "jslora.training.packing", "jslora.training.publish",
     "jslora.integrations.changes", "jslora.integrations.exchange", "jslora.integrations.homes",
     "jslora.integrations.merged_metrics", "jslora.integrations.scale",

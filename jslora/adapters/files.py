@@ -112,7 +112,7 @@ def _open(root: Path, path: Path) -> int:
             descriptor = _step(descriptor, folder, _DIRECTORY)
         return _step(descriptor, name, _FILE)
     except FileNotFoundError:
-        there = os.path.isdir(os.path.dirname(real))
+        there = path.parent.is_dir()
         told = f"the folder holds no {path.name}" if there else "there is no such folder"
         raise AdapterRejected(told) from None
     except OSError as error:

@@ -1,1 +1,1 @@
-"""What becomes of a model's answers, and of its speed, when its weights are kept another way."""
+"""A model's answers and speed, measured: beside another adapter, or with weights kept otherwise."""

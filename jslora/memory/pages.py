@@ -1,8 +1,8 @@
 """Who owns which page of the pool: one allocator, with reference counts, for KV and adapters alike.
 
 A page id means the same page in every layer. Page 0 is the null page and is never handed out.
-Single pages (KV) come from the top of the pool and runs (adapters) from the bottom, so that long
-runs of free pages survive. Host only: no jax.
+Of free pages, single ones (KV) are given from the top of the pool and runs (adapters) from the
+bottom, so that long runs survive. Host only: no jax.
 
 Invariant: free pages and pages in use make up all pages but page 0, and a page's count equals the
 number of holders that list it; `check` proves it against the holders.

@@ -134,7 +134,8 @@ class PrefixCache:
         """Free idle pages, one after the other."""
         for page in pages:
             self._leaves(self._idle[page])
-        self._pages.release(self._forget(pages))
+        self._forget(pages)
+        self._pages.release(pages)
 
     def surrender(self, most: int, worth: float) -> list[int]:
         """Evict idle pages that are worth no more than `worth`, least first, `most` at most.
@@ -147,7 +148,8 @@ class PrefixCache:
                 break
             self._leaves(since)
             found.append(page)
-        return self._forget(found)
+        self._forget(found)
+        return found
 
     def _leaves(self, since: float) -> None:
         """A page that is idle since then is evicted."""
@@ -158,27 +160,30 @@ class PrefixCache:
     def drop(self, digest: str) -> None:
         """Forget what was computed with an adapter that is gone."""
         gone = [page for page, entry in self._by_page.items() if digest in entry.digests]
-        self._pages.release(self._forget(gone))
+        self._forget(gone)
+        self._pages.release(gone)
 
     def clear(self) -> None:
         """The pool was lost: nothing is known any more."""
-        self._pages.release(self._forget(list(self._by_page)))
+        pages = list(self._by_page)
+        self._forget(pages)
+        self._pages.release(pages)
 
     def held(self) -> Iterator[list[int]]:
         """What the cache holds, for the ledger."""
         yield list(self._by_page)
 
-    def _forget[Pages: Sequence[int]](self, pages: Pages) -> Pages:
-        """The same pages, which the cache held and does not know any more."""
+    def _forget(self, pages: Sequence[int]) -> None:
+        """Know nothing more of pages, which the cache holds still."""
         for page in pages:
             del self._entries[self._by_page.pop(page).key]
             self._idle.pop(page, None)
         self.since[list(pages)] = np.inf
-        return pages
 
     def check(self) -> None:
         """Assert that the idle pages are those that only the cache holds."""
         pages = [*self._by_page]
         alone = {pages[i] for i in np.flatnonzero(self._pages.count(pages) == 1)}
         assert alone == self._idle.keys(), f"idle pages {sorted(alone ^ self._idle.keys())[:10]}"
-        assert alone == set(np.flatnonzero(self.since < np.inf).tolist()), "since disagrees"
+        since = {page: float(self.since[page]) for page in np.flatnonzero(self.since < np.inf)}
+        assert since == self._idle, "since disagrees"

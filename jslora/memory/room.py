@@ -94,7 +94,7 @@ class Room:
         cost[[page for pages in kept for page in pages]] = np.inf
         np.minimum(cost, prefix.since + (prefix.worth(0.0) - common), out=cost)
         np.minimum(cost, _NEVER, out=cost)
-        cost[self.pages.unused()] = 0  # few, or there would be a run
+        cost[self.pages.unused()] = 0
         return cost
 
 

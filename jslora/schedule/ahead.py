@@ -69,7 +69,7 @@ class Ahead:
                 del self._digests[digest]
 
     def digests(self) -> Set[str]:
-        """Adapters that are waited for, as far as their contents are known."""
+        """Adapters that are waited for, as far as their contents are known; until that changes."""
         for registration in [r for r in self._unread if r.version is not None]:
             assert registration.version is not None
             digest = registration.version.digest
@@ -173,3 +173,10 @@ class Ahead:
         residency.bring(version, blob, pages)
         self._loading(sequence, version)
         return True
+
+    def check(self, waiting: Iterable[Sequence]) -> None:
+        """Assert that what is noted is of those that wait."""
+        registrations = [r for sequence in waiting for r in sequence.registrations]
+        assert self._waiting == Counter(registrations), "registrations that are waited for"
+        known = {r.version.digest for r in registrations if r.version}
+        assert self.digests() == known, f"digests {sorted(known ^ self.digests())[:10]}"

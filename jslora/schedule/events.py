@@ -14,13 +14,13 @@ from jslora.schedule.plan import Results
 from jslora.schedule.sequence import Sequence
 
 _NEW = partial(tuple.__new__, TokenEvent)
-_NOTHING_MORE = [repeat(TokenEvent._field_defaults[name]) for name in TokenEvent._fields[2:]]
+_DEFAULTS = [repeat(TokenEvent._field_defaults[name]) for name in TokenEvent._fields[2:]]
 
 
-def drawn(sequences: Iterable[Sequence], tokens: Iterable[int]) -> list[TokenEvent]:
-    """What the usual row means, one more token; put together without a call for each."""
+def token_events(sequences: Iterable[Sequence], tokens: Iterable[int]) -> list[TokenEvent]:
+    """What the usual row means, one more token; there are hundreds, so no Python runs for each."""
     ids = [sequence.request.id for sequence in sequences]
-    return [*map(_NEW, zip(ids, zip(tokens), *_NOTHING_MORE, strict=False))]
+    return [*map(_NEW, zip(ids, zip(tokens), *_DEFAULTS, strict=False))]
 
 
 def news(

@@ -54,18 +54,18 @@ class Foresight:
         slots = running.slots
         now = running.known[slots] + running.pending[slots]
         drawn = now - running.prompt[slots]
-        old = (drawn >= running.expected[slots]) | (now % _OFTEN == 0)
-        again = slots[old]
-        asked = zip(running.at(again), drawn[old].tolist(), strict=True)  # more may be known
+        due = (drawn >= running.expected[slots]) | (now % _OFTEN == 0)  # more may be known
+        again = slots[due]
+        asked = zip(running.at(again), drawn[due].tolist(), strict=True)
         running.expected[again] = [self.expected(s.request, done) for s, done in asked]
         left = np.maximum(running.expected[slots] - drawn, 0)
         return Future(now - running.given[slots] * self.page_size, left, self.page_size)
 
     def outlook(self, future: Future, running: Running) -> "Outlook":
-        """The future of those that run, which is left as it is, beside what else takes pages."""
+        """The future of those that run, which joins nobody here, beside what else takes pages."""
         adapters, counted = self.ahead.held()
         spare = self._room.pages.total - 1 - adapters - self._given(running)
-        return Outlook(self, copy.copy(future), spare, counted, len(running) > 0, future.most)
+        return Outlook(self, future, spare, counted, len(running) > 0, future.most)
 
     def _given(self, running: Running) -> int:
         """Pages that rows were given by the prefix cache and that no row counts as its own."""
@@ -91,7 +91,8 @@ class Outlook:
         spare: pages that there are for tokens.
         counted: adapters whose pages are not among them, beside those in use.
         bounded: False if nothing runs; what is alone can always run.
-        most: pages that the future, with all that were added, needs at most.
+        most: pages that the future, with all that were added, needs at most: the sum of all at
+            their largest, until that does not fit.
     """
 
     _foresight: Foresight
@@ -101,6 +102,7 @@ class Outlook:
     bounded: bool
     most: int
     _loose: list[tuple[int, int]] = field(default_factory=list)
+    _own: bool = False  # whether the future is this one's to change
 
     def joins(self, sequence: Sequence) -> bool:
         """Whether one more, its adapters included, can run; if so it is counted from now on."""
@@ -109,11 +111,13 @@ class Outlook:
         # More may be known by now.
         sequence.expected = foresight.expected(sequence.request, sequence.generated)
         held, left = len(sequence.tokens), max(sequence.expected - sequence.generated, 0)
-        alone = -(-(held + left) // foresight.page_size)
-        if not self.bounded or self.most + alone <= self.spare - own:
-            self._loose.append((held, left))  # there is room even if all were largest at once
+        alone, room = -(-(held + left) // foresight.page_size), self.spare - own
+        if self.bounded and self.most + alone > room:
+            self._settle()
+        if not self.bounded or self.most + alone <= room:
+            self._loose.append((held, left))
             self.most += alone
-        elif not self._joins(sequence, held, left, self.spare - own):
+        elif not self._joins(sequence, held, left, room):
             return False
         self.spare -= own
         self.counted.update(sequence.digests)
@@ -126,11 +130,18 @@ class Outlook:
             return False
         return version.digest in self.counted or self._foresight.ahead.used(version.digest)
 
-    def _joins(self, sequence: Sequence, held: int, left: int, most: int) -> bool:
-        held -= self._foresight.shared(sequence) * self._foresight.page_size
+    def _settle(self) -> None:
+        """Know exactly what is needed at most."""
+        if not self._own:
+            self.most = self._future.peak  # worked out once, for all outlooks upon this future
+            self._future, self._own = copy.copy(self._future), True
         for row in self._loose:
             self._future.join(*row)
         self._loose.clear()
+        self.most = self._future.peak
+
+    def _joins(self, sequence: Sequence, held: int, left: int, most: int) -> bool:
+        held -= self._foresight.shared(sequence) * self._foresight.page_size
         joined = self._future.join(held, left, most)
         self.most = self._future.peak
         return joined

@@ -56,7 +56,7 @@ class Policies:
         self._aborts, self._fair_adapters = (
             name in section.policy for name in ("slo", "fair_adapters")
         )
-        # Who is equal by all of them goes first come, first served.
+        # Only "slo" may follow "fcfs"; it then orders nobody and only gives up.
         before = takewhile(lambda name: name != "fcfs", section.policy)
         self._stack = [self._policy(name) for name in before]
         self.settles = not {"fair_tenants", "fair_adapters", "cluster", "slo"} & {*section.policy}

@@ -48,7 +48,8 @@ class Waiting:
         self._rows: list[Sequence] = []
         self._table = {name: np.zeros(64, dtype) for name, dtype in _COLUMNS.items()}
         self._resumed: list[Sequence] = []  # preempted, by arrival
-        self._arrived: OrderedDict[Sequence, None] = OrderedDict()  # all others, by arrival
+        # All others, by arrival; a dict becomes slow at its beginning when that is what leaves.
+        self._arrived: OrderedDict[Sequence, None] = OrderedDict()
         self.tokens = 0
         """Prompt tokens of all that wait."""
 

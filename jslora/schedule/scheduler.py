@@ -29,7 +29,7 @@ from jslora.memory.room import Room
 from jslora.request import Request, TokenEvent
 from jslora.schedule.admission import check, check_queue
 from jslora.schedule.ahead import Ahead
-from jslora.schedule.events import drawn, failure, news
+from jslora.schedule.events import failure, news, token_events
 from jslora.schedule.foresight import Foresight, Outlook
 from jslora.schedule.growth import Growth
 from jslora.schedule.pace import Pace
@@ -151,6 +151,7 @@ class Scheduler:
         self.room.prefix.check()
         self.room.residency.check()
         self.rows.check()
+        self._ahead.check(self.waiting)
 
     # Ahead of their turn -------------------------------------------------------------------------
 
@@ -346,7 +347,7 @@ class Scheduler:
         tokens = results.tokens[usual].tolist()
         for sequence, token in zip(chosen, tokens, strict=True):
             sequence.tokens.append(token)
-        events += drawn(chosen, tokens)
+        events += token_events(chosen, tokens)
         running.known[slots[usual]] += 1
         self._drawn(chosen, now)
         rare = live & ~usual & (rows.samples | (rows.end == running.whole[slots]))

@@ -2,7 +2,8 @@
 
 Scores are made anew for the gradient, so that what is kept is one number a query and head, not one
 a pair of tokens. Queries are taken in tiles, each with the keys that an example can have which
-reaches into it: with short examples the cost is in proportion to their length, not to the row's.
+reaches into it: with short examples the cost is in proportion to their length and not to the row's,
+or to a tile, which is a 32nd of a row of more than 2,048 tokens.
 Operands of products are rounded to the dtype of q, k and v; scores and sums are float32.
 """
 
@@ -16,9 +17,8 @@ from jaxtyping import Array, Float, Int32
 
 from jslora.training.products import dot
 
-# Queries of a tile, as long as rows do not need more tiles than that: each is compiled on its own.
-_TILE = 64
-_TILES = 32
+_TILE = 64  # queries; tiles of long rows are larger
+_TILES = 32  # of a row at most: each is compiled on its own
 _NEVER = -1e30
 
 
@@ -82,7 +82,7 @@ attention.defvjp(_forward, _backward)
 
 def _tiles(length: int, longest: int) -> list[tuple[int, int, int]]:
     """(first key, first query, end of both) of each tile of queries."""
-    tile = max(_TILE, -(-length // _TILES))
+    tile = -(-length // (_TILES * _TILE)) * _TILE
     back = -(-(longest - 1) // tile) * tile
     starts = range(0, length, tile)
     return [(max(0, start - back), start, min(start + tile, length)) for start in starts]

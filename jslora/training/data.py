@@ -106,7 +106,8 @@ def read(path: Path, tokenizer: Tokenizer, end_tokens: Sequence[int], length: in
         else:
             cut, dropped = cut - 1, dropped + 1
     if not examples:
-        reason = f"; nothing of the first {length} tokens of {dropped} is learnt" if dropped else ""
+        none = f"; in none of {dropped} is any of the first {length} tokens learnt"
+        reason = none if dropped else ""
         raise DataError(f"{path} holds no example to learn from{reason}")
     return Corpus(path.name, tuple(examples), cut, dropped)
 

@@ -9,16 +9,18 @@ import ctypes
 
 # <malloc.h>
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed; False where it cannot be told, in which case nothing changes.
+    """Let malloc keep what is freed; False where it cannot be told to, and nothing changes.
 
-    Call it before any thread is started: those that are there keep arenas of their own.
+    Call it before jax opens a device: threads that are there keep arenas of their own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # not glibc
         return False
-    # Other arenas than the first map large arrays one by one, whatever the thresholds are.
-    rules = (_ARENA_MAX, 1), (_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1)
-    return all([mallopt(rule, value) for rule, value in rules])
+    # The first is what older versions of glibc refuse, and the others are no good without it.
+    # Other arenas than the main one map large arrays one by one, whatever the thresholds are.
+    rules = (_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, _NEVER), (_ARENA_MAX, 1)
+    return all(mallopt(rule, value) for rule, value in rules)

@@ -60,7 +60,7 @@ def _adapted_forward(
         low = low[0], low[1].astype(w.dtype)
         y = y + dot("tc,co->to", low[0], low[1])
     # In the activations' dtype the halves take a third of the memory of what SiLU's own gradient
-    # would keep, and the sum is made once.
+    # would keep. SiLU itself reads them too, or the float32 sum would be made twice.
     halves = y.astype(w.dtype) if finish is Finish.GATED else None
     y = y if halves is None else halves.astype(y.dtype)
     return finish_sum(y, finish, stream, w.dtype), (w, low, halves)
@@ -86,6 +86,7 @@ def _over_tokens(z: Float[Array, "T C"], x: Float[Array, "T i"]) -> Float[Array,
     """zᵀ·x in float32."""
     # Padded, the transposed factor is an array of its own. XLA:CPU would fold a bare transpose into
     # the product, and has no bfloat16 product that sums over both first axes: three times slower.
+    # At least one row is added, to a multiple of 16 too, or nothing would be padded.
     C = z.shape[1]
     return dot("ct,ti->ci", jnp.pad(z.T, ((0, 16 - C % 16), (0, 0))), x)[:C]
 

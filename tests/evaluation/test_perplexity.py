@@ -57,12 +57,13 @@ def test_a_difference_has_an_error() -> None:
     assert apart.agreement == 0.75
 
 
-@pytest.mark.parametrize("window", [1, 100_000])
-def test_a_window_is_within_what_the_model_sees(window: int, config: EngineConfig) -> None:
-    with pytest.raises(
-        ConfigError,
-        match=f"a window of {window} tokens; (it must have at least 2|the model's context)",
-    ):
+@pytest.mark.parametrize(
+    ("window", "allowed"), [(1, "it must have at least 2"), (100_000, "the model's context is")]
+)
+def test_a_window_is_within_what_the_model_sees(
+    window: int, allowed: str, config: EngineConfig
+) -> None:
+    with pytest.raises(ConfigError, match=f"a window of {window} tokens; {allowed}"):
         score(config, WORDS, window)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from math import prod
 
 import pytest
@@ -88,8 +89,8 @@ class Witness:
 
     def __init__(self, engine: LightEngine, trace: Trace) -> None:
         self._engine, self._trace = engine, trace
-        # What comes after "fcfs" orders nobody.
-        self._policies = dict(zip(trace.stack, engine.scheduler.policies._stack, strict=False))
+        before = takewhile(lambda name: name != "fcfs", trace.stack)  # those after it order nobody
+        self._policies = dict(zip(before, engine.scheduler.policies._stack, strict=True))
         self._seen: dict[str, dict[Sequence, float]] = {}
         self._to_come: set[Sequence] = set()
         self._chosen = False

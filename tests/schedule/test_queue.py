@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -127,3 +128,11 @@ def test_those_of_some_rows_are_found() -> None:
         waiting.remove(sequences[gone])
     found = waiting.at(waiting.column("level") > 0)
     assert sorted(s.order for s in found) == [1, 5, 7]
+
+
+def test_those_that_never_ran_are_added_as_they_arrived() -> None:
+    waiting = queue(make_sequence(1), make_sequence(3))
+    with pytest.raises(AssertionError, match="2 after 3"):
+        waiting.add(make_sequence(2))
+    waiting.add(make_sequence(0, life=1))
+    assert [s.order for s in waiting.front(9, [], 0.0)] == [0, 1, 3]

@@ -119,7 +119,7 @@ def test_a_first_token_alone_cannot_be_learnt(tmp_path: Path, smol: Tokenizer) -
     path = file_of(tmp_path, {"prompt": "", "completion": "Hello there"})
     (example,) = read(path, smol, [END], 64).examples
     assert example.learnt.all()
-    with pytest.raises(DataError, match="nothing of the first 1 tokens of 1 is learnt"):
+    with pytest.raises(DataError, match="in none of 1 is any of the first 1 tokens learnt"):
         read(path, smol, [END], 1)
 
 
