@@ -16,7 +16,7 @@ from jslora.schedule.scheduler import Scheduler
 from jslora.schedule.sequence import Sequence
 
 SEED = 1
-QUICK = (2, 6)
+QUICK = (4, 14)
 """Seeds that in little time make everything in `COUNTED` happen, together more than once."""
 
 
