@@ -8,7 +8,6 @@ beginning that several rows share are counted once.
 Host only: no jax.
 """
 
-import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,8 +132,7 @@ class Outlook:
     def _settle(self) -> None:
         """Know exactly what is needed at most."""
         if not self._own:
-            self.most = self._future.peak  # worked out once, for all outlooks upon this future
-            self._future, self._own = copy.copy(self._future), True
+            self._future, self._own = self._future.copy(), True
         for row in self._loose:
             self._future.join(*row)
         self._loose.clear()

@@ -10,6 +10,8 @@ Invariant: the peak is exactly the one that playing all rows to their ends would
 never below the pages held now. Host only: no jax.
 """
 
+import copy
+
 import numpy as np
 
 
@@ -44,6 +46,11 @@ class Future:
             self._held, self._remaining = self._held[order].astype(np.int64), self._remaining[order]
             self._at_ends = _pages_at_ends(self._held, self._remaining, self._size)
         return self._at_ends
+
+    def copy(self) -> "Future":
+        """Another one that rows may join; what is known of this one's peak is not lost."""
+        assert len(self._pages) == len(self._held), f"{len(self._pages)} ends of {len(self._held)}"
+        return copy.copy(self)
 
     def join(self, held: int, remaining: int, most: float = np.inf) -> bool:
         """Take in one more row, unless the peak would then be above `most`; whether it was."""

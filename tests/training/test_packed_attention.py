@@ -18,31 +18,29 @@ def rows(lengths: list[list[int]], T: int) -> np.ndarray:
     return found
 
 
-def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """What the definition says, in the order of operations that the definition has."""
-    k, v = (np.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
+def shares(q: np.ndarray, k: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """What each token takes of each other, all heads with keys of their own."""
     scores = np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(WIDTH)
-    T = segment.shape[1]
-    seen = (segment[:, :, None] == segment[:, None]) & np.tri(T, dtype=bool)
-    weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return np.einsum("bnts,bsnd->btnd", weights / weights.sum(-1, keepdims=True), v)
-
-
-def slopes(q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: np.ndarray, g: np.ndarray) -> list:
-    """Gradients of `dense` by q, k and v, by hand."""
-    group = HEADS // KV_HEADS
-    wide_k, wide_v = (np.repeat(x, group, axis=2) for x in (k, v))
-    scores = np.einsum("btnd,bsnd->bnts", q, wide_k) / np.sqrt(WIDTH)
     seen = (segment[:, :, None] == segment[:, None]) & np.tri(segment.shape[1], dtype=bool)
     weights = np.where(seen[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
-    weights /= weights.sum(-1, keepdims=True)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def dense(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: np.ndarray, g: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """What the definition says, and by hand its gradients by q, k and v."""
+    group = HEADS // KV_HEADS
+    wide_k, wide_v = (np.repeat(x, group, axis=2) for x in (k, v))
+    weights = shares(q, wide_k, segment)
     of_weights = np.einsum("btnd,bsnd->bnts", g, wide_v)
     of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdims=True))
     of_scores /= np.sqrt(WIDTH)
     of_k = np.einsum("bnts,btnd->bsnd", of_scores, q)
     of_v = np.einsum("bnts,btnd->bsnd", weights, g)
     summed = [x.reshape(*x.shape[:2], KV_HEADS, group, WIDTH).sum(3) for x in (of_k, of_v)]
-    return [np.einsum("bnts,bsnd->btnd", of_scores, wide_k), *summed]
+    out = np.einsum("bnts,bsnd->btnd", weights, wide_v)
+    return out, [np.einsum("bnts,bsnd->btnd", of_scores, wide_k), *summed]
 
 
 @pytest.mark.parametrize(
@@ -64,9 +62,9 @@ def test_as_all_scores_at_once(T: int, lengths: list[list[int]]) -> None:
     longest = max(max(examples) for examples in lengths)
     arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
     out, pullback = jax.vjp(lambda *x: attention(*x, jnp.asarray(segment), longest), *arrays)
-    expected, real = dense(q, k, v, segment), segment > 0
+    (expected, slopes), real = dense(q, k, v, segment, g), segment > 0
     np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-5)
     assert np.isfinite(np.asarray(out)).all()
     found = pullback(jnp.asarray(g, jnp.float32))
-    for mine, right in zip(found, slopes(q, k, v, segment, g), strict=True):
+    for mine, right in zip(found, slopes, strict=True):
         np.testing.assert_allclose(np.asarray(mine), right, atol=2e-5)
